@@ -1,0 +1,50 @@
+"""`llada2 <command>`: the one entry point."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# command -> (module with a main(argv), what it does); imported only when called, so that
+# `llada2 --help` answers at once.
+COMMANDS = {
+    "quickstart": ("llada2_jax.quickstart", "the whole conversion on this machine, with a report"),
+    "train": ("llada2_jax.train", "train from a config: AR, block diffusion, WSD conversion"),
+    "generate": ("llada2_jax.generate", "complete prompts with the threshold sampler"),
+    "score": ("llada2_jax.score", "bits per byte of texts, with its standard error"),
+    "convert": ("llada2_jax.convert", "Hugging Face safetensors <-> Orbax, streaming"),
+    "verify": ("llada2_jax.verify", "prove a port against golden numbers of the released model"),
+    "merge": ("llada2_jax.merge", "average the best checkpoints of a run"),
+}
+
+
+def usage() -> str:
+    """The text of `llada2 --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: llada2 <command> [options]", "", "commands:", *lines, ""]
+        + ["llada2 <command> --help says what a command takes."]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the process's exit status (2 for a command that does not exist)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from llada2_jax import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"llada2: no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

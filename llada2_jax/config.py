@@ -1,0 +1,378 @@
+"""Configuration: dataclasses declare every field once; ConfigDicts are made from them.
+
+A config file (configs/*.py) returns `default_config()` with changes. `validate` turns it into frozen
+dataclasses: a field that nothing declares is an error that names it, and so nothing is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from llada2_jax.types import ModelConfig
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the field and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """checkpoint: a model checkpoint or Hugging Face folder to start from; empty: from scratch.
+    mask_embedding: "keep" the row that becomes the mask token's, set it to the "mean" of all rows,
+    or draw it at "random" (§7.1 compares noise with re-initialising)."""
+
+    checkpoint: str = ""
+    mask_embedding: str = "keep"
+    mask_id: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """source: "stdlib" (the interpreter's own library) or a folder of Python files.
+    tokenizer: folder with tokenizer.json; empty: the starting checkpoint's.
+    row_length: tokens a row. rows_per_step: rows a step, over all micro-batches.
+    document_mask: documents of a row do not see each other. block_anchor: "document" or "row".
+    random_length_fraction: share of rows cut in two at random (§4.2)."""
+
+    source: str = "stdlib"
+    tokenizer: str = ""
+    row_length: int = 256
+    rows_per_step: int = 16
+    document_mask: bool = True
+    block_anchor: str = "document"
+    random_length_fraction: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig:
+    """group: one rate a "block" or a "sequence". draw: "count" or "bernoulli".
+    t_min, t_max: range of the rate, bernoulli only. low_discrepancy: rates spread evenly over the
+    blocks of a document. weight: "elbo" (1/t) or "flat". complementary: each row twice, the second
+    time with the inverse mask. See diffusion.py for what each combination estimates."""
+
+    group: str = "block"
+    draw: str = "count"
+    t_min: float = 1e-3
+    t_max: float = 1.0
+    low_discrepancy: bool = True
+    weight: str = "elbo"
+    complementary: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training under one objective. block_size: tokens a block (1 for "ar").
+    tokens: clean tokens, rounded up to whole steps; a complementary pair counts once."""
+
+    name: str
+    objective: str
+    block_size: int
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Warmup-Stable-Decay (§4.1) after an optional autoregressive stage. The paper prints the block
+    sizes, not the tokens of each.
+
+    ar_tokens: next-token prediction first. warmup_blocks: growing block sizes, which share
+    warmup_tokens evenly; () is the direct switch of objective. stable_tokens: MDLM over whole
+    documents, without the clean half. decay_blocks: shrinking block sizes, which share
+    decay_tokens; one entry is the abrupt decay, several the stepwise one. total_tokens: if not 0,
+    stages are scaled so that they sum to it, and arms of a comparison cost the same."""
+
+    ar_tokens: int = 0
+    warmup_blocks: tuple[int, ...] = ()
+    warmup_tokens: int = 0
+    stable_tokens: int = 0
+    decay_blocks: tuple[int, ...] = ()
+    decay_tokens: int = 0
+    total_tokens: int = 0
+
+    def phases(self, row_length: int) -> tuple[Phase, ...]:
+        """The run's phases in order; stages without tokens or blocks are absent."""
+        phases = [
+            *_stage("ar", (1,), self.ar_tokens, row_length),
+            *_stage("warmup", self.warmup_blocks, self.warmup_tokens, row_length),
+            *_stage("stable", (row_length,), self.stable_tokens, row_length),
+            *_stage("decay", self.decay_blocks, self.decay_tokens, row_length),
+        ]
+        total = sum(p.tokens for p in phases)
+        scale = self.total_tokens / total if self.total_tokens and total else 1
+        return tuple(dataclasses.replace(p, tokens=round(p.tokens * scale)) for p in phases)
+
+
+def _stage(name: str, blocks: tuple[int, ...], tokens: int, row_length: int) -> list[Phase]:
+    if not tokens or not blocks:
+        return []
+    if name == "ar":
+        return [Phase("ar", "ar", 1, tokens)]
+    objective = {True: "mdlm", False: "bdlm"}
+    each = tokens // len(blocks)
+    return [Phase(f"{name}-{b}", objective[b == row_length], b, each) for b in blocks]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with one warmup-stable-decay learning-rate schedule over the whole run.
+
+    warmup_fraction, decay_fraction: shares of all steps; the decay is linear to
+    final_fraction · learning_rate. accumulate: micro-batches a step. reset_each_phase: forget the
+    moments when a phase begins. expert_bias_rate: step of the auxiliary-loss-free load balancing
+    (Ling's pretraining: 1e-3; not published for the conversion; 0: the bias stays). max_consecutive_skips: steps with a non-finite loss or gradient
+    are skipped; this many in a row end the run."""
+
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    reset_each_phase: bool = False
+    expert_bias_rate: float = 0.0
+    max_consecutive_skips: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingNoiseConfig:
+    """Gaussian noise on the mask's embedding output (§7.1): sigma at the first block-diffusion
+    step, falling linearly to 0 after `tokens` clean tokens of block-diffusion training. Neither
+    number is published. sigma 0: off."""
+
+    sigma: float = 0.0
+    tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """rows: validation rows, the same ones each time. every_tokens: how often (0: only where a
+    phase ends). samples: Monte Carlo draws a row. rate_buckets: the gradient's norm is reported
+    for this many ranges of the mask rate (0: off). target_block_size: checkpoints are compared on
+    the bound at this block size, whatever the phase; 0: the phase's own."""
+
+    rows: int = 64
+    every_tokens: int = 0
+    samples: int = 1
+    rate_buckets: int = 4
+    target_block_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """every_tokens: how often (0: at the end of phases). keep_last: newest kept.
+    keep_best: best of each phase by validation kept, for merging."""
+
+    every_tokens: int = 0
+    keep_last: int = 2
+    keep_best: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    """How to compute, not what: dtypes, kernels, recomputation."""
+
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    attention_backend: str = "xla"
+    experts_backend: str = "tiles"
+    remat: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run. model: architecture when init.checkpoint is empty; else it must be empty.
+    workdir: where checkpoints, metrics and the config go; a run found there is resumed."""
+
+    workdir: str = ""
+    seed: int = 0
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    init: InitConfig = InitConfig()
+    data: DataConfig = DataConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    noise: NoiseConfig = NoiseConfig()
+    embedding_noise: EmbeddingNoiseConfig = EmbeddingNoiseConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    log_every: int = 10
+
+    @functools.cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        return self.schedule.phases(self.data.row_length)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.row_length * self.data.rows_per_step
+
+    def phase_steps(self, phase: Phase) -> int:
+        return -(-phase.tokens // self.tokens_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(map(self.phase_steps, self.phases))
+
+    def phase_at(self, step: int) -> tuple[int, Phase]:
+        """Index and config of the phase that step `step` (from 0) belongs to; the last beyond."""
+        for index, phase in enumerate(self.phases):
+            if step < self.phase_steps(phase):
+                return index, phase
+            step -= self.phase_steps(phase)
+        return len(self.phases) - 1, self.phases[-1]
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """A locked ConfigDict with every field of TrainConfig at its default."""
+    config = ml_collections.ConfigDict(dataclasses.asdict(TrainConfig()))
+    return config.lock()
+
+
+def model_dict(cfg: ModelConfig) -> dict[str, Any]:
+    """The architecture fields of a ModelConfig, as `config.model` takes them."""
+    fields = dataclasses.asdict(cfg)
+    return {k: v for k, v in fields.items() if k not in _fields(RuntimeConfig)}
+
+
+def load_config(path: str | Path, **overrides: Any) -> ml_collections.ConfigDict:
+    """`get_config()` of a config file; how one config builds on another one beside it."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ConfigError(f"{path} is not a config file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update(overrides)
+    return config
+
+
+def validate(config: ml_collections.ConfigDict) -> TrainConfig:
+    """Frozen dataclasses from a ConfigDict.
+
+    Raises: ConfigError for unknown fields, wrong types and values that cannot work together.
+    """
+    cfg = _build(TrainConfig, config.to_dict(), "config")
+    _check(cfg)
+    return cfg
+
+
+def _fields(cls) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _build(cls, values: dict, where: str):
+    unknown = sorted(set(values) - _fields(cls))
+    if unknown:
+        known = ", ".join(sorted(_fields(cls)))
+        raise ConfigError(f"{where}.{unknown[0]} is not a field; {where} has: {known}")
+    hints = typing.get_type_hints(cls)
+    built = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _convert(hint, value, where: str):
+    """`value` as the declared type, or a ConfigError; nothing is coerced but int to float."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}={value!r} must be a group of fields")
+        return _build(hint, value, where)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (typing.Union, types.UnionType) or origin is dict:
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}")
+    return value
+
+
+_CHOICES = {
+    "noise.group": ("block", "sequence"),
+    "noise.draw": ("count", "bernoulli"),
+    "noise.weight": ("elbo", "flat"),
+    "data.block_anchor": ("document", "row"),
+    "init.mask_embedding": ("keep", "mean", "random"),
+    "runtime.attention_backend": ("xla", "reference"),
+    "runtime.experts_backend": ("tiles", "ragged_dot"),
+    "runtime.remat": ("none", "full", "dots"),
+    "runtime.dtype": ("bfloat16", "float32"),
+    "runtime.param_dtype": ("bfloat16", "float32"),
+}
+_POSITIVE = (
+    "data.row_length",
+    "data.rows_per_step",
+    "optimizer.accumulate",
+    "optimizer.learning_rate",
+    "optimizer.max_consecutive_skips",
+    "eval.rows",
+    "eval.samples",
+    "checkpoint.keep_last",
+    "log_every",
+)
+
+def _get(cfg: TrainConfig, path: str):
+    for name in path.split("."):
+        cfg = getattr(cfg, name)
+    return cfg
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check(cfg: TrainConfig) -> None:
+    for path, choices in _CHOICES.items():
+        value = _get(cfg, path)
+        _require(value in choices, f"config.{path}={value!r}: choose one of {choices}")
+    for path in _POSITIVE:
+        value = _get(cfg, path)
+        _require(value > 0, f"config.{path}={value!r} must be positive")
+    _require(bool(cfg.workdir), "config.workdir is empty: say where the run's files go")
+    _require(bool(cfg.phases), "config.schedule has no stage with tokens: nothing to train")
+    _require(
+        bool(cfg.init.checkpoint) != bool(cfg.model),
+        "set exactly one of config.init.checkpoint (start from it) and config.model (from scratch)",
+    )
+    _require(
+        cfg.data.rows_per_step % cfg.optimizer.accumulate == 0,
+        f"config.data.rows_per_step={cfg.data.rows_per_step} is not a multiple of "
+        f"config.optimizer.accumulate={cfg.optimizer.accumulate}",
+    )
+    _require(
+        0 <= cfg.noise.t_min < cfg.noise.t_max <= 1,
+        f"config.noise: need 0 <= t_min < t_max <= 1, got {cfg.noise.t_min}, {cfg.noise.t_max}",
+    )
+    full_range = (cfg.noise.t_min, cfg.noise.t_max) == (NoiseConfig.t_min, NoiseConfig.t_max)
+    _require(
+        cfg.noise.draw == "bernoulli" or full_range,
+        "config.noise.t_min and t_max belong to draw='bernoulli'; the count draw covers (0, 1]",
+    )
+    schedule = cfg.schedule
+    for stage in ("warmup", "decay"):
+        blocks, tokens = getattr(schedule, f"{stage}_blocks"), getattr(schedule, f"{stage}_tokens")
+        where = f"config.schedule.{stage}"
+        _require(not tokens or blocks, f"{where}_tokens={tokens}, but {where}_blocks is empty")
+        _require(not blocks or tokens, f"{where}_blocks={blocks}, but {where}_tokens is 0")
+        for block in blocks:
+            _require(
+                1 <= block <= cfg.data.row_length and cfg.data.row_length % block == 0,
+                f"{where}_blocks: {block} must divide config.data.row_length={cfg.data.row_length}",
+            )

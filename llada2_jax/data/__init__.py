@@ -1,0 +1,1 @@
+"""Documents in, clean packed rows out. Nothing here knows about noise."""

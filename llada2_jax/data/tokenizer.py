@@ -1,0 +1,64 @@
+"""Byte-level BPE with LLaDA2's reserved tokens, trained by `tokenizers`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+MASK, EOS, BOS = "<|mask|>", "<|endoftext|>", "<|startoftext|>"
+ROLES = ("<role>", "</role>", "<|role_end|>")
+RESERVED = (MASK, EOS, BOS, *ROLES)
+
+# Line breaks take the indentation along, since in Python the two mean one thing.
+_WORDS = r"\n+[ \t]*| ?[A-Za-z_]+| ?[0-9]{1,3}| ?[^\sA-Za-z_0-9]+|[ \t]+(?=[ \t])|\s"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of exactly `vocab_size` ids, the reserved ones first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(RESERVED),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files that transformers reads, by name."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "mask_token": MASK,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "bos_token": BOS,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(settings, indent=1),
+    }
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """int32 [V]: bytes of text each id stands for; 0 for reserved ids.
+
+    In a byte-level vocabulary every character of an entry is one byte.
+    """
+    lengths = np.zeros(tokenizer.get_vocab_size(), np.int32)
+    special = set(tokenizer.get_added_tokens_decoder())
+    for entry, index in tokenizer.get_vocab().items():
+        lengths[index] = 0 if index in special else len(entry)
+    return lengths

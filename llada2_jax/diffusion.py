@@ -1,0 +1,193 @@
+"""The noise: which tokens become masks, and what each masked token's loss weighs.
+
+Noise is a function of (seed, document, visit, position in the document) and of nothing else: not of
+the step, the rank or the neighbours in the row. Resuming, re-sharding and accumulating leave it
+alone, and so does packing, as long as blocks are anchored at documents that are not split.
+
+What is estimated
+-----------------
+With the linear schedule α_t = 1 − t the bound of a block of n tokens (eq. 1, with its weight 1/t) is
+
+    ∫₀¹ E[ 1/t · Σ_masked CE ] dt  =  Σ_{k=1..n} 1/n · E_{|masked| = k}[ n/k · Σ_masked CE ] .
+
+The right side follows by integrating t out: given k masks among n the mean of 1/t times the chance
+of k is 1/k. It is the "count" draw: k uniform on 1..n, a random subset of size k, weight n/k. Same
+expectation as drawing t and then n coins, without the infinite variance of 1/t, and with at least
+one mask a block; at block size 1 every token is masked with weight 1, which is exact.
+
+"bernoulli" draws t uniform on [t_min, t_max], then a coin for each token, weight (t_max − t_min)/t:
+unbiased for the integral over [t_min, t_max], which is the bound only for (0, 1].
+
+Weights "flat" weigh every masked token 1: with "count" the target is then the mean over k of the
+summed cross-entropy, not a bound.
+
+Complementary pairs (§5.1) carry each row twice, the second with the inverse mask, so that every
+token is supervised once. "count": k uniform on 0..n with weight (n+1)/k, whose inverse n−k has the
+same law, so both members estimate the bound. "bernoulli": the inverse has rate 1−t and weight
+(t_max − t_min)/(1−t), unbiased for the integral over [1 − t_max, 1 − t_min].
+
+group = "sequence" draws one rate for all the blocks of a document (as the paper's equations print
+it) instead of one for each; the expectation is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from llada2_jax.config import NoiseConfig
+from llada2_jax.types import Batch
+from pallas_kernels.block_layout import group_bounds
+
+_GOLDEN = 2654435769  # 2³² / golden ratio: consecutive multiples fill the circle evenly
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Noised:
+    """tokens: noisy ids. noise_mask: what was masked. weight: fp32, of each masked token's
+    cross-entropy (0 elsewhere). rate: fp32, share of its group that was masked. All [B, L]."""
+
+    tokens: Int[Array, "B L"]
+    noise_mask: Bool[Array, "B L"]
+    weight: Float[Array, "B L"]
+    rate: Float[Array, "B L"]
+
+
+def _bits(seed: int, purpose: int, *coordinates: Int[Array, "B L"]) -> UInt[Array, "B L"]:
+    """32 random bits for each point; equal coordinates give equal bits on any device."""
+    key = jax.random.fold_in(jax.random.key(seed), purpose)
+
+    def draw(*point):
+        k = key
+        for x in point:
+            k = jax.random.fold_in(k, x)
+        return jax.random.bits(k)
+
+    return jax.vmap(jax.vmap(draw))(*coordinates)
+
+
+def _unit(bits: UInt[Array, "B L"]) -> Float[Array, "B L"]:
+    """Uniform on (0, 1), never 0 or 1."""
+    return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+
+
+def _group_uniform(batch: Batch, start, block_size, cfg: NoiseConfig, seed: int, draw: int):
+    """One uniform number a group, equal for all its tokens.
+
+    With low discrepancy the blocks of a document step around the circle by the golden ratio from
+    the document's own random origin, so that they cover all rates evenly.
+    """
+    rows = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+    group_start = batch.document_positions - (rows - start)
+    index = -(-group_start // block_size)
+    draws = jnp.full_like(index, draw)
+    if not cfg.low_discrepancy:
+        return _unit(_bits(seed, 0, batch.document_ids, batch.visits, draws, index))
+    origin = _bits(seed, 0, batch.document_ids, batch.visits, draws)
+    return _unit(origin + index.astype(jnp.uint32) * jnp.uint32(_GOLDEN))
+
+
+def _ranks(score: UInt[Array, "B L"], start, maskable):
+    """Rank of each token's score within its group, the maskable ones first."""
+    length = score.shape[1]
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), score.shape)
+    keys = (start, (~maskable).astype(jnp.int32), score, index)
+    order = jax.lax.sort(keys, dimension=1, num_keys=3)[3]
+    # A group is a contiguous run, so after sorting it stands where it stood before.
+    place = jnp.zeros_like(order).at[jnp.arange(order.shape[0])[:, None], order].set(index)
+    return place - start
+
+
+def corrupt(
+    batch: Batch,
+    block: Int[Array, "B L"],
+    block_size: Int[Array, ""],
+    cfg: NoiseConfig,
+    *,
+    mask_id: int,
+    seed: int,
+    draw: int = 0,
+) -> list[Noised]:
+    """Noise for a batch: one Noised, or the two of a complementary pair.
+
+    Args:
+      batch: clean rows; only tokens in loss_mask and in a document are ever noised.
+      block: block of every token (`block_layout.block_index`).
+      block_size: int32 scalar, may be traced.
+      draw: number of the Monte Carlo sample, for estimates from several.
+    """
+    maskable = batch.loss_mask & (batch.segment_ids > 0)
+    group = block if cfg.group == "block" else jnp.zeros_like(block)
+    start, end = group_bounds(group, batch.segment_ids)
+    u = _group_uniform(batch, start, block_size if cfg.group == "block" else 1, cfg, seed, draw)
+    draws = jnp.full_like(block, draw)
+    score = _bits(
+        seed, 1, batch.document_ids, batch.visits, draws, batch.document_positions
+    )
+    count = jnp.cumsum(maskable, axis=1, dtype=jnp.int32)
+    count = jnp.concatenate([jnp.zeros_like(count[:, :1]), count], axis=1)
+    n = jnp.take_along_axis(count, end, 1) - jnp.take_along_axis(count, start, 1)
+    if cfg.draw == "count":
+        pairs = _count_draw(u, n, _ranks(score, start, maskable), cfg.complementary)
+    else:
+        pairs = _bernoulli_draw(u, _unit(score), cfg)
+    noised = []
+    for mask, weight, rate in pairs:
+        mask = mask & maskable
+        weight = jnp.where(mask, weight if cfg.weight == "elbo" else 1.0, 0.0)
+        tokens = jnp.where(mask, mask_id, batch.tokens)
+        noised.append(Noised(tokens, mask, weight.astype(jnp.float32), rate))
+    return noised
+
+
+def _count_draw(u, n, rank, complementary: bool):
+    """(mask, weight, rate) with k masks among n; both members of the pair if complementary."""
+    size = n.astype(jnp.float32)
+    safe = jnp.maximum(size, 1.0)
+    if not complementary:
+        k = jnp.minimum(jnp.floor(u * size).astype(jnp.int32) + 1, n)
+        return [(rank < k, size / jnp.maximum(k, 1), k / safe)]
+    k = jnp.minimum(jnp.floor(u * (size + 1)).astype(jnp.int32), n)
+    first = (rank < k, (size + 1) / jnp.maximum(k, 1), k / safe)
+    second = (rank >= k, (size + 1) / jnp.maximum(n - k, 1), (n - k) / safe)
+    return [first, second]
+
+
+def _bernoulli_draw(u, coin, cfg: NoiseConfig):
+    """(mask, weight, rate) with independent coins of rate t."""
+    width = cfg.t_max - cfg.t_min
+    t = cfg.t_min + width * u
+    first = (coin < t, width / t, t)
+    if not cfg.complementary:
+        return [first]
+    return [first, (coin >= t, width / (1 - t), 1 - t)]
+
+
+def embedding_noise(
+    batch: Batch, noise_mask: Bool[Array, "B L"], size: int, sigma: Float[Array, ""], seed: int
+) -> Float[Array, "B L D"]:
+    """Independent Gaussian noise of scale sigma for the embedding at masked positions (§7.1).
+
+    Autoregressive training never shows the mask token, and weight decay drives its embedding
+    towards zero; the noise keeps the first gradients at high mask rates from exploding. Nothing is
+    drawn while sigma is 0.
+    """
+
+    def noise():
+        key = jax.random.fold_in(jax.random.key(seed), 2)
+
+        def draw(document, visit, position):
+            k = jax.random.fold_in(jax.random.fold_in(key, document), visit)
+            return jax.random.normal(jax.random.fold_in(k, position), (size,))
+
+        draws = jax.vmap(jax.vmap(draw))(
+            batch.document_ids, batch.visits, batch.document_positions
+        )
+        return jnp.where(noise_mask[..., None], draws * sigma, 0.0)
+
+    zeros = jnp.zeros((*noise_mask.shape, size), jnp.float32)
+    return jax.lax.cond(sigma > 0, noise, lambda: zeros)

@@ -1,0 +1,116 @@
+"""Parameters, norms, rotary embedding and the dense feed-forward."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llada2_jax.types import ModelConfig, RopeScaling
+
+
+class Buffer(nnx.Variable):
+    """A stored array that no gradient reaches (the router's selection bias)."""
+
+
+def parameter(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: nnx.Initializer,
+    dtype: str,
+    kind: type[nnx.Variable] = nnx.Param,
+) -> nnx.Variable:
+    """The one declaration of a parameter: shape, logical axes (see sharding rules), initialiser."""
+    if len(shape) != len(axes):
+        raise ValueError(f"parameter of shape {shape} has {len(axes)} logical axes: {axes}")
+    return kind(init(rngs.params(), shape, jnp.dtype(dtype)), logical_axes=axes)
+
+
+def normal(cfg: ModelConfig) -> nnx.Initializer:
+    """Ling's initialiser: a normal of cfg.initializer_range."""
+    return nnx.initializers.normal(cfg.initializer_range)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, in fp32, over the last axis."""
+
+    def __init__(self, size: int, axis: str | None, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.scale = parameter(rngs, (size,), (axis,), nnx.initializers.ones, cfg.param_dtype)
+        self.eps = cfg.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU. gate and up share one matrix [D, 2, F]."""
+
+    def __init__(self, width: int, cfg: ModelConfig, rngs: nnx.Rngs):
+        d, dtype = cfg.hidden_size, cfg.param_dtype
+        self.gate_up = parameter(rngs, (d, 2, width), ("embed", None, "mlp"), normal(cfg), dtype)
+        self.down = parameter(rngs, (width, d), ("mlp", "embed"), normal(cfg), dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate_up = jnp.einsum("...d,dcf->...cf", x, self.gate_up[...].astype(x.dtype))
+        return swiglu(gate_up) @ self.down[...].astype(x.dtype)
+
+
+def swiglu(gate_up: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
+    """silu(gate) · up."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def rotary_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
+    """Inverse frequencies, fp32 [rotary_dim / 2], and the factor on cos and sin (1 without YaRN)."""
+    dim = cfg.rotary_dim
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    frequencies = (1.0 / np.float32(cfg.rope_theta) ** exponents).astype(np.float32)
+    if cfg.rope_scaling is None:
+        return frequencies, 1.0
+    return _yarn(frequencies, dim, cfg.rope_theta, cfg.rope_scaling)
+
+
+def _yarn(frequencies, dim, theta, scaling: RopeScaling):
+    """YaRN: interpolate slow frequencies, keep fast ones, a linear ramp in between."""
+
+    def dimension_of(rotations: float) -> float:
+        context = scaling.original_max_position_embeddings
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(scaling.beta_slow)), dim - 1)
+    high = high + 0.001 if high == low else high
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    scaled = frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return scaled.astype(np.float32), factor
+
+
+def rotary_tables(
+    cfg: ModelConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T r"], Float[Array, "B T r"]]:
+    """cos and sin in fp32, r = rotary_dim / 2."""
+    frequencies, factor = rotary_frequencies(cfg)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(
+    x: Float[Array, "B T heads h"], cos: Float[Array, "B T r"], sin: Float[Array, "B T r"]
+) -> Float[Array, "B T heads h"]:
+    """Rotate-half on the first 2r channels of each head; the others pass unchanged."""
+    r = cos.shape[-1]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    y = x.astype(jnp.float32)
+    first, second, rest = y[..., :r], y[..., r : 2 * r], y[..., 2 * r :]
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -1,0 +1,161 @@
+"""The transformer. Layers of a kind are stacked on a leading axis and scanned."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llada2_jax.model.attention import Attention, KVCache
+from llada2_jax.model.layers import FeedForward, RMSNorm, normal, parameter, rotary_tables
+from llada2_jax.model.moe import MoE
+from llada2_jax.types import ModelConfig, Params
+from pallas_kernels.block_layout import BlockLayout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """hidden: [B, T, D] after the final norm. kv: keys and values of these positions, all layers
+    (None unless asked for). expert_load: int32 [MoE layers, E], tokens an expert."""
+
+    hidden: Float[Array, "B T D"]
+    kv: KVCache | None
+    expert_load: Int[Array, "layers E"]
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention, then a dense feed-forward or a mixture of experts."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, *, moe: bool):
+        self.attention_norm = RMSNorm(cfg.hidden_size, "embed", cfg, rngs)
+        self.attention = Attention(cfg, rngs)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, "embed", cfg, rngs)
+        self.mlp = MoE(cfg, rngs) if moe else FeedForward(cfg.intermediate_size, cfg, rngs)
+
+    def __call__(self, x, rotary, layout, cache, cache_layout):
+        attended, kv = self.attention(self.attention_norm(x), rotary, layout, cache, cache_layout)
+        x = x + attended
+        out = self.mlp(self.mlp_norm(x))
+        out, load = out if isinstance(out, tuple) else (out, None)
+        return x + out, kv, load
+
+
+def _stack(cfg: ModelConfig, rngs: nnx.Rngs, count: int, *, moe: bool) -> Layer:
+    """`count` layers as one module whose parameters have a leading layer axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def create(rngs: nnx.Rngs) -> Layer:
+        return Layer(cfg, rngs, moe=moe)
+
+    return create(rngs)
+
+
+_REMAT = {
+    "none": lambda body: body,
+    "full": lambda body: jax.checkpoint(body, prevent_cse=False),
+    "dots": lambda body: jax.checkpoint(
+        body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+REMAT_POLICIES = tuple(_REMAT)
+
+
+class Transformer(nnx.Module):
+    """LLaDA2 / Ling 2.0. What it attends to is the layout's business, not the model's."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        v, d, dtype = cfg.vocab_size, cfg.hidden_size, cfg.param_dtype
+        self.embedding = parameter(rngs, (v, d), ("vocab", "embed"), normal(cfg), dtype)
+        if cfg.num_dense_layers:
+            self.dense_layers = _stack(cfg, rngs, cfg.num_dense_layers, moe=False)
+        if cfg.num_moe_layers:
+            self.moe_layers = _stack(cfg, rngs, cfg.num_moe_layers, moe=True)
+        self.final_norm = RMSNorm(d, "embed", cfg, rngs)
+        if not cfg.tie_word_embeddings:
+            self.head = parameter(rngs, (d, v), ("embed", "vocab"), normal(cfg), dtype)
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        layout: BlockLayout,
+        *,
+        cache: KVCache | None = None,
+        cache_layout: BlockLayout | None = None,
+        embedding_noise: Float[Array, "B T D"] | None = None,
+        return_kv: bool = False,
+    ) -> Output:
+        """One forward.
+
+        Args:
+          tokens: input ids.
+          positions: rotary positions; both halves of a training row use the same ones.
+          layout: coordinates of the inputs; they attend among themselves and to the cache by it.
+          cache: keys and values [N, B, S, K, h] of earlier tokens, laid out as `cache_layout`.
+          embedding_noise: added to the embedding output (§7.1).
+          return_kv: also return the keys and values of these positions.
+        """
+        x = self.embedding[...].astype(self.cfg.dtype)[tokens]
+        if embedding_noise is not None:
+            x = x + embedding_noise.astype(x.dtype)
+        rotary = rotary_tables(self.cfg, positions)
+        kvs, loads, first = [], [], 0
+        for stack, count in self._stacks():
+            part = None if cache is None else jax.tree.map(lambda a: a[first:][:count], cache)
+            x, kv, load = self._scan(stack, x, rotary, layout, part, cache_layout, return_kv)
+            kvs.append(kv)
+            loads.append(load)
+            first += count
+        kv = jax.tree.map(lambda *a: jnp.concatenate(a), *kvs) if return_kv else None
+        loads = [load for load in loads if load is not None]
+        load = loads[0] if loads else jnp.zeros((0, self.cfg.num_experts), jnp.int32)
+        return Output(self.final_norm(x), kv, load)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """fp32 logits."""
+        kernel = self.embedding[...].T if self.cfg.tie_word_embeddings else self.head[...]
+        kernel = kernel.astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def _stacks(self) -> list[tuple[Layer, int]]:
+        stacks = []
+        if self.cfg.num_dense_layers:
+            stacks.append((self.dense_layers, self.cfg.num_dense_layers))
+        if self.cfg.num_moe_layers:
+            stacks.append((self.moe_layers, self.cfg.num_moe_layers))
+        return stacks
+
+    def _scan(self, stack, x, rotary, layout, cache, cache_layout, return_kv):
+        graphdef, params = nnx.split(stack)
+
+        def body(x, layer):
+            params, cache = layer
+            module = nnx.merge(graphdef, params)
+            x, kv, load = module(x, rotary, layout, cache, cache_layout)
+            return x, (kv if return_kv else None, load)
+
+        x, (kv, load) = jax.lax.scan(_REMAT[self.cfg.remat](body), x, (params, cache))
+        return x, kv, load
+
+
+def build(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """The model's structure and its abstract parameters (shapes, dtypes, logical axes)."""
+    abstract = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract)
+    return graphdef, params
+
+
+def init_params(cfg: ModelConfig, seed: int) -> Params:
+    """Freshly initialised parameters."""
+    return jax.jit(lambda: nnx.state(Transformer(cfg, nnx.Rngs(seed))))()
+
+
+def merge_params(cfg: ModelConfig, params: Params) -> Transformer:
+    """A model from its parameters; cheap, for use inside jitted functions."""
+    return nnx.merge(build(cfg)[0], params)

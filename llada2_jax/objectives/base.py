@@ -1,0 +1,66 @@
+"""What an objective gets and gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llada2_jax.config import NoiseConfig
+from llada2_jax.model import Transformer
+from llada2_jax.types import Batch, WeightedSum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a step knows besides the rows.
+
+    block_size: int32 scalar, data, so that phases share one compilation. sigma: fp32 scalar, scale
+    of the masked-embedding noise. rates: fp32 [2], only tokens whose group's mask rate lies in
+    (rates[0], rates[1]] count (a diagnostic; the full range by default). Static: the noise, the
+    seed, the mask's id, the anchor of blocks and the number of the Monte Carlo draw.
+    """
+
+    block_size: Int[Array, ""]
+    sigma: Float[Array, ""]
+    rates: Float[Array, " 2"]
+    noise: NoiseConfig = dataclasses.field(metadata={"static": True})
+    seed: int = dataclasses.field(metadata={"static": True})
+    mask_id: int = dataclasses.field(metadata={"static": True})
+    block_anchor: str = dataclasses.field(metadata={"static": True})
+    draw: int = dataclasses.field(default=0, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossOutput:
+    """loss: what is minimised, as a sum and its denominator (supervised tokens before masking).
+    nll: fp32 [B, L], each token's share of the loss before division. metrics: further means."""
+
+    loss: WeightedSum
+    nll: Float[Array, "B L"]
+    metrics: dict[str, WeightedSum]
+    expert_load: Int[Array, "layers E"]
+
+
+class Objective(Protocol):
+    def __call__(self, model: Transformer, batch: Batch, context: Context) -> LossOutput: ...
+
+
+def cross_entropy(
+    logits: Float[Array, "B L V"], targets: Int[Array, "B L"]
+) -> Float[Array, "B L"]:
+    """−log p(target) in fp32."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def weighted(values: Array, weights: Array) -> WeightedSum:
+    """Σ values·weights over Σ weights, fp32."""
+    weights = weights.astype(jnp.float32)
+    return WeightedSum((values * weights).sum(), weights.sum())

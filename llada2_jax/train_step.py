@@ -1,0 +1,251 @@
+"""One optimisation step as a pure function of (state, batch)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llada2_jax.config import TrainConfig
+from llada2_jax.model import merge_params
+from llada2_jax.objectives import OBJECTIVES, Context, LossOutput
+from llada2_jax.optimizer import make_optimizer
+from llada2_jax.types import Batch, ModelConfig, Params, WeightedSum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """step: steps taken, skipped ones included. params: what is trained. buffers: what is stored
+    with it but not trained. skipped_in_a_row, skipped: steps not applied for being non-finite."""
+
+    step: Int[Array, ""]
+    params: Params
+    buffers: Params
+    opt_state: optax.OptState
+    skipped_in_a_row: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+    @property
+    def model_params(self) -> Params:
+        """Parameters and buffers together, as `merge_params` takes them."""
+        return nnx.merge_state(self.params, self.buffers)
+
+
+def init_state(cfg: TrainConfig, params: Params) -> TrainState:
+    """A state at step 0 from a model's parameters."""
+    trained, buffers = nnx.split_state(params, nnx.Param, ...)
+    opt_state = make_optimizer(cfg).init(trained)
+    counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
+    return TrainState(counters[0], trained, buffers, opt_state, counters[1], counters[2])
+
+
+def reset_moments(state: TrainState) -> TrainState:
+    """Forgets Adam's moments; the learning-rate schedule goes on."""
+
+    def reset(part):
+        return jax.tree.map(jnp.zeros_like, part) if _is_adam(part) else part
+
+    opt_state = jax.tree.map(reset, state.opt_state, is_leaf=_is_adam)
+    return dataclasses.replace(state, opt_state=opt_state)
+
+
+def _is_adam(part) -> bool:
+    return isinstance(part, optax.ScaleByAdamState)
+
+
+def make_context(
+    cfg: TrainConfig, block_size: int, mask_id: int, *, sigma: float = 0.0, draw: int = 0
+) -> Context:
+    """The data a step gets besides its rows."""
+    return Context(
+        block_size=np.int32(block_size),
+        sigma=np.float32(sigma),
+        rates=np.asarray([-1.0, 1.0], np.float32),
+        noise=cfg.noise,
+        seed=cfg.seed,
+        mask_id=mask_id,
+        block_anchor=cfg.data.block_anchor,
+        draw=draw,
+    )
+
+
+def _loss_and_grad(objective: str, model_cfg: ModelConfig, params, buffers, batch, context):
+    """Sum of the loss and its gradient over one micro-batch; nothing is divided here."""
+
+    def total(params):
+        model = merge_params(model_cfg, nnx.merge_state(params, buffers))
+        output = OBJECTIVES[objective](model, batch, context)
+        return output.loss.total, output
+
+    grads, output = jax.grad(total, has_aux=True)(params)
+    return grads, output
+
+
+def accumulated(
+    objective: str, model_cfg: ModelConfig, params, buffers, batch: Batch, context: Context, n: int
+) -> tuple[Params, LossOutput]:
+    """Gradient of the summed loss over n micro-batches, divided once by the whole denominator.
+
+    How the batch is cut therefore leaves the gradient alone. The output's sums run over all rows.
+    """
+    one = functools.partial(_loss_and_grad, objective, model_cfg, params, buffers)
+    if n == 1:
+        grads, output = one(batch, context)
+    else:
+        micro = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+        first, rest = jax.tree.map(lambda x: x[0], micro), jax.tree.map(lambda x: x[1:], micro)
+
+        def add(carry, batch):
+            grads, output = one(batch, context)
+            return jax.tree.map(jnp.add, carry, (grads, dataclasses.replace(output, nll=None))), ()
+
+        grads, output = one(first, context)
+        (grads, output), _ = jax.lax.scan(
+            add, (grads, dataclasses.replace(output, nll=None)), rest
+        )
+    weight = jnp.maximum(output.loss.weight, 1.0)
+    return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), output
+
+
+def make_train_step(
+    cfg: TrainConfig, model_cfg: ModelConfig, objective: str
+) -> Callable[[TrainState, Batch, Context], tuple[TrainState, dict[str, Array]]]:
+    """The jitted step of one objective; the state is donated.
+
+    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were
+    and is counted. Metrics are device scalars: fetching them is the caller's choice of when to wait.
+    """
+    optimizer = make_optimizer(cfg)
+
+    def step(state: TrainState, batch: Batch, context: Context):
+        grads, output = accumulated(
+            objective,
+            model_cfg,
+            state.params,
+            state.buffers,
+            batch,
+            context,
+            cfg.optimizer.accumulate,
+        )
+        norm = optax.tree.norm(grads)
+        loss = output.loss.mean()
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        skip = (~finite).astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            buffers=keep(_balanced(cfg, state.buffers, output.expert_load), state.buffers),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
+            skipped=state.skipped + skip,
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "skipped": new_state.skipped,
+            "skipped_in_a_row": new_state.skipped_in_a_row,
+            "mask_embedding_norm": jnp.linalg.norm(state.params["embedding"][...][context.mask_id]),
+            "expert_load_max_over_mean": _imbalance(output.expert_load),
+        }
+        metrics |= {name: value.mean() for name, value in output.metrics.items()}
+        return new_state, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _balanced(cfg: TrainConfig, buffers: Params, load: Int[Array, "layers E"]) -> Params:
+    """Auxiliary-loss-free balancing: the selection bias of an expert with less than the mean load
+    rises by the configured rate, that of one with more falls; the bias keeps a mean of zero."""
+    rate = cfg.optimizer.expert_bias_rate
+    if not rate:
+        return buffers
+    load = load.astype(jnp.float32)
+    delta = rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+    delta = delta - delta.mean(-1, keepdims=True)
+    return jax.tree.map(lambda bias: bias + delta.astype(bias.dtype), buffers)
+
+
+def _imbalance(load: Int[Array, "layers E"]) -> Float[Array, ""]:
+    """Largest load of an expert over the mean load, the worst layer."""
+    if not load.size:
+        return jnp.ones(())
+    load = load.astype(jnp.float32)
+    return (load.max(-1) / jnp.maximum(load.mean(-1), 1e-9)).max()
+
+
+def make_eval_step(
+    model_cfg: ModelConfig, objective: str
+) -> Callable[[Params, Batch, Context], LossOutput]:
+    """The objective without a gradient."""
+
+    def evaluate(params, batch, context):
+        return OBJECTIVES[objective](merge_params(model_cfg, params), batch, context)
+
+    return jax.jit(evaluate)
+
+
+def make_grad_norms_by_rate(
+    model_cfg: ModelConfig, objective: str, buckets: int
+) -> Callable[[TrainState, Batch, Context], Float[Array, " buckets"]]:
+    """Norm of the gradient from the tokens whose group's mask rate lies in each of `buckets` equal
+    ranges of (0, 1]; one backward pass a bucket, so a diagnostic for validation time (§7.1)."""
+
+    @jax.jit
+    def norm(state: TrainState, batch: Batch, context: Context):
+        grads, _ = accumulated(
+            objective, model_cfg, state.params, state.buffers, batch, context, 1
+        )
+        return optax.tree.norm(grads)
+
+    def norms(state, batch, context):
+        edges = np.linspace(0, 1, buckets + 1, dtype=np.float32)
+        ranges = [np.stack(pair) for pair in zip(edges[:-1], edges[1:], strict=True)]
+        return [norm(state, batch, dataclasses.replace(context, rates=r)) for r in ranges]
+
+    return norms
+
+
+def evaluate(
+    step: Callable[[Params, Batch, Context], LossOutput],
+    params: Params,
+    batches: list[Batch],
+    contexts: list[Context],
+    token_bytes: np.ndarray,
+) -> dict[str, float]:
+    """Validation over fixed rows: nats a token and bits a byte, with the latter's standard error
+    over rows.
+
+    The first token of every segment is left out of loss_mask by the caller, so that AR and block
+    diffusion are scored on the same tokens and bytes. contexts: one for each Monte Carlo draw.
+    """
+    total = WeightedSum(np.float64(0), np.float64(0))
+    nats, sizes = [], []
+    for batch in batches:
+        outputs = [step(params, batch, context) for context in contexts]
+        row_nats = np.mean([np.asarray(o.nll, np.float64).sum(1) for o in outputs], axis=0)
+        nats.append(row_nats)
+        sizes.append((token_bytes[batch.tokens] * batch.loss_mask).sum(1))
+        total += WeightedSum(row_nats.sum(), np.float64(outputs[0].loss.weight))
+    nats, sizes = np.concatenate(nats), np.concatenate(sizes).astype(np.float64)
+    bits = nats / np.log(2)
+    ratio = bits.sum() / sizes.sum()
+    error = np.std(bits - ratio * sizes, ddof=1) * np.sqrt(len(sizes)) / sizes.sum()
+    return {
+        "nats_per_token": float(total.total / total.weight),
+        "bits_per_byte": float(ratio),
+        "bits_per_byte_stderr": float(error),
+    }

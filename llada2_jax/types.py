@@ -1,0 +1,130 @@
+"""Names and shapes that the whole package shares.
+
+Shape legend: B rows, L tokens a row (clean), T positions a forward (L or 2L), D hidden size,
+H query heads, K key/value heads, h head size, E experts, k experts a token, F expert width,
+V vocabulary, N layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """YaRN (arXiv 2309.00071), as Hugging Face's rope utilities read it.
+
+    factor: max_position_embeddings / original_max_position_embeddings where the latter is given.
+    original_max_position_embeddings: context the model was trained at.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of LLaDA2 / Ling 2.0 (BailingMoeV2); field names follow the field's terms.
+
+    dtype: of activations and matmuls. param_dtype: of stored parameters. The router, norms,
+    softmax and loss are fp32 whatever these say.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_experts: int
+    experts_per_token: int
+    n_group: int
+    topk_group: int
+    num_shared_experts: int = 1
+    first_k_dense_replace: int = 1
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    partial_rotary_factor: float = 0.5
+    rope_theta: float = 600_000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 16384
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    attention_backend: str = "xla"
+    experts_backend: str = "tiles"
+    remat: str = "none"
+
+    @property
+    def num_dense_layers(self) -> int:
+        return min(self.first_k_dense_replace, self.num_layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids with a meaning. mask: what a noised token becomes; eos ends a text; pad fills rows."""
+
+    mask: int
+    eos: int
+    pad: int
+    bos: int | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Clean packed rows, as the loader yields them; all int32 [B, L].
+
+    tokens: clean ids. segment_ids: document within the row, from 1; 0 is padding.
+    positions: restart at each document of the row. loss_mask: bool, what may be supervised.
+    document_ids: stable id of the source document; document_positions: offset in that document;
+    visits: how often the document has been seen before (the epoch).
+    """
+
+    tokens: Int[Array, "B L"]
+    segment_ids: Int[Array, "B L"]
+    positions: Int[Array, "B L"]
+    loss_mask: Bool[Array, "B L"]
+    document_ids: Int[Array, "B L"]
+    document_positions: Int[Array, "B L"]
+    visits: Int[Array, "B L"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightedSum:
+    """A mean that has not been divided yet, so that it adds up over micro-batches and devices."""
+
+    total: Float[Array, "..."]
+    weight: Float[Array, "..."]
+
+    def mean(self) -> Float[Array, "..."]:
+        """total / weight; 0 where the weight is 0."""
+        return self.total / jnp.where(self.weight > 0, self.weight, 1.0)
+
+    def __add__(self, other: WeightedSum) -> WeightedSum:
+        return WeightedSum(self.total + other.total, self.weight + other.weight)
+
+
+Params = Any
+"""Pytree of parameter arrays, as `nnx.state` gives it for a Transformer."""

@@ -1,0 +1,127 @@
+"""Who attends to whom: the one attention rule of block diffusion.
+
+**A query sees every earlier clean block, and its own block in its own half, within its document**
+(arXiv 2512.15745, eq. 3 and 4). Every attention path of the project derives from the coordinates
+declared here: the dense oracle, the XLA path, the kernels, the KV cache and the tests.
+
+Special cases are choices of coordinates, not of code:
+
+====================  =======================================================
+autoregressive        one clean half, block size 1
+MDLM                  one noisy half, one block per document
+BDLM training         a noisy and a clean half over the same tokens
+prefill               one clean half
+denoising step        the current block as the noisy half, against cached clean keys
+====================  =======================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+NOISY, CLEAN = 0, 1
+PADDING = 0  # the segment id that sees nothing and is seen by nothing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockLayout:
+    """Coordinates of the tokens along one axis (queries or keys).
+
+    block: int32 [batch, length], index of the block inside its document.
+    segment: int32 [batch, length], document within the row; 0 is padding.
+    spans: static ((half, length), ...): which half each stretch of the axis belongs to.
+    """
+
+    block: Int[Array, "batch length"]
+    segment: Int[Array, "batch length"]
+    spans: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def half(self) -> Int[Array, " length"]:
+        """int32 [length]: NOISY or CLEAN."""
+        return jnp.concatenate([jnp.full((n,), half, jnp.int32) for half, n in self.spans])
+
+    def split(self) -> list[BlockLayout]:
+        """One layout per span, in order."""
+        parts, start = [], 0
+        for half, n in self.spans:
+            cut = slice(start, start + n)
+            parts.append(BlockLayout(self.block[:, cut], self.segment[:, cut], ((half, n),)))
+            start += n
+        return parts
+
+
+def concatenate(layouts: Sequence[BlockLayout]) -> BlockLayout:
+    """Layouts one after the other along the length axis."""
+    return BlockLayout(
+        jnp.concatenate([x.block for x in layouts], axis=1),
+        jnp.concatenate([x.segment for x in layouts], axis=1),
+        tuple(span for x in layouts for span in x.spans),
+    )
+
+
+def block_index(
+    positions: Int[Array, "batch length"],
+    block_size: int | Int[Array, ""],
+    anchor: str,
+) -> Int[Array, "batch length"]:
+    """Block of every token of a packed row.
+
+    Args:
+      positions: int32, position of each token inside its document.
+      block_size: tokens a block; may be a traced scalar, so that a change costs no recompilation.
+      anchor: "document": blocks restart with each document, as inference sees them.
+        "row": blocks are cut on row indices (the paper's eq. 3); the document mask cuts a block
+        that holds two documents.
+
+    Returns: int32 [batch, length].
+    """
+    if anchor == "document":
+        return positions // block_size
+    if anchor == "row":
+        rows = jnp.arange(positions.shape[1], dtype=positions.dtype) // block_size
+        return jnp.broadcast_to(rows, positions.shape)
+    raise ValueError(f"anchor={anchor!r}: choose 'document' or 'row'")
+
+
+def half_layout(block, segment, half: int) -> BlockLayout:
+    """A single half (NOISY: MDLM or a denoising step; CLEAN: AR or prefill)."""
+    return BlockLayout(block, segment, ((half, block.shape[1]),))
+
+
+def both_halves(block, segment) -> BlockLayout:
+    """The training input [noisy ; clean] of 2·length tokens (eq. 4)."""
+    return concatenate([half_layout(block, segment, NOISY), half_layout(block, segment, CLEAN)])
+
+
+def allowed(queries: BlockLayout, keys: BlockLayout) -> Bool[Array, "batch queries keys"]:
+    """The rule itself as a dense mask: True where a query may see a key."""
+    q_block, q_segment = queries.block[:, :, None], queries.segment[:, :, None]
+    k_block, k_segment = keys.block[:, None, :], keys.segment[:, None, :]
+    q_half, k_half = queries.half[None, :, None], keys.half[None, None, :]
+    earlier_clean = (k_half == CLEAN) & (k_block < q_block)
+    own_block = (k_half == q_half) & (k_block == q_block)
+    same_document = (q_segment == k_segment) & (q_segment != PADDING)
+    return same_document & (earlier_clean | own_block)
+
+
+def group_bounds(
+    block: Int[Array, "batch length"], segment: Int[Array, "batch length"]
+) -> tuple[Int[Array, "batch length"], Int[Array, "batch length"]]:
+    """Row indices [start, end) of the run of equal (segment, block) that holds each token.
+
+    Runs are contiguous in a packed row. Pass zeros as `block` for the bounds of the document.
+    """
+    length = block.shape[1]
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), block.shape)
+    changed = (block[:, 1:] != block[:, :-1]) | (segment[:, 1:] != segment[:, :-1])
+    edge = jnp.ones((block.shape[0], 1), bool)
+    starts = jnp.where(jnp.concatenate([edge, changed], 1), index, 0)
+    ends = jnp.where(jnp.concatenate([changed, edge], 1), index + 1, length)
+    return jax.lax.cummax(starts, axis=1), jax.lax.cummin(ends, axis=1, reverse=True)
