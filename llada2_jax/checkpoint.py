@@ -1,0 +1,476 @@
+"""Model checkpoints: one directory that holds all that a model needs.
+
+::
+
+    checkpoint/
+      params/      the parameters, an Orbax PyTree checkpoint of a plain nested dict
+      model/       JSON: format version, configs, special tokens, generation defaults, provenance
+      tokenizer/   JSON: {file name: text}; may be empty
+
+A training checkpoint adds `optimizer/` and `train/`; it is a model checkpoint all the same. The
+JSON items are written as `ocp.args.JsonSave` writes them (a file `metadata` in the item's folder).
+
+Parameters are read and written through TensorStore, chunk by chunk, so that conversion and merging
+never hold a model in memory. What is written here restores with Orbax, and what Orbax saved is
+read here. Our own arrays carry a CRC32C a chunk: Orbax alone does not notice flipped bits.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from flax import nnx
+
+from llada2_jax.types import ModelConfig, Params, RopeScaling, SpecialTokens
+
+FORMAT_VERSION = 1
+CHUNK_BYTES = 64 << 20  # small enough to stream, large enough that mini is hundreds of files
+CACHE_BYTES = 256 << 20  # decoded chunks kept while slices of them are read in order
+PARAMS, MODEL, TOKENIZER, TRAIN = "params", "model", "tokenizer", "train"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message names the part and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelBundle:
+    """A model with all that belongs to it.
+
+    config: architecture. params: `nnx.State` as `model.build(config)[1]` has it, or None.
+    special: ids with a meaning. tokenizer_files: {file name: text}. generation: defaults for the
+    sampler (block_size, threshold, temperature, ...). hf_config: the Hugging Face config.json.
+    hf_dtypes: {parameter path: dtype name} that an export writes. provenance: where it comes from.
+    """
+
+    config: ModelConfig
+    params: Params | None
+    special: SpecialTokens
+    tokenizer_files: dict[str, str] = dataclasses.field(default_factory=dict)
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hf_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hf_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def model_item(self) -> dict[str, Any]:
+        """The JSON of the item `model`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": dataclasses.asdict(self.config),
+            "hf_config": self.hf_config,
+            "special_tokens": dataclasses.asdict(self.special),
+            "generation": self.generation,
+            "hf_dtypes": self.hf_dtypes,
+            "provenance": self.provenance,
+        }
+
+    def tokenizer_item(self) -> dict[str, str]:
+        """The JSON of the item `tokenizer`."""
+        return dict(self.tokenizer_files)
+
+    @classmethod
+    def from_items(
+        cls,
+        model: Mapping[str, Any],
+        tokenizer: Mapping[str, str],
+        params: Params | None = None,
+    ) -> ModelBundle:
+        """The inverse of `model_item` and `tokenizer_item`.
+
+        Raises: CheckpointError for another format version or a field that this version lacks.
+        """
+        version = model.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"model item: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
+                "use the release that wrote it, or convert the checkpoint again"
+            )
+        config = dict(_get(model, "config"))
+        if config.get("rope_scaling") is not None:
+            config["rope_scaling"] = _dataclass(
+                RopeScaling, config["rope_scaling"], "config.rope_scaling"
+            )
+        return cls(
+            config=_dataclass(ModelConfig, config, "config"),
+            params=params,
+            special=_dataclass(SpecialTokens, _get(model, "special_tokens"), "special_tokens"),
+            tokenizer_files=dict(tokenizer),
+            generation=dict(model.get("generation", {})),
+            hf_config=dict(model.get("hf_config", {})),
+            hf_dtypes=dict(model.get("hf_dtypes", {})),
+            provenance=dict(model.get("provenance", {})),
+        )
+
+
+def _get(item: Mapping[str, Any], field: str) -> Any:
+    if field not in item:
+        raise CheckpointError(f"model item: the field {field!r} is missing; convert it again")
+    return item[field]
+
+
+def _dataclass(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise CheckpointError(
+            f"model item: {where} has fields that this version does not know: {', '.join(unknown)}"
+        )
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise CheckpointError(f"model item: {where}: {error}") from None
+
+
+# ---- paths of parameters -------------------------------------------------------------------------
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """{"moe_layers/mlp/experts/down": leaf}, from an nnx.State or a nested dict, sorted by path."""
+    pure = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+    leaves: dict[str, Any] = {}
+
+    def visit(node: Any, path: tuple[str, ...]) -> None:
+        if not isinstance(node, Mapping):
+            leaves["/".join(path)] = node
+            return
+        for key, child in node.items():
+            visit(child, (*path, str(key)))
+
+    visit(pure, ())
+    return dict(sorted(leaves.items()))
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict of `flatten`'s paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree
+
+
+def fill_params(abstract: Params, leaves: Mapping[str, Any]) -> Params:
+    """`abstract` (from `model.build`) with its leaves replaced; casts to the dtypes it asks for.
+
+    Raises: CheckpointError that names what is missing, extra or misshapen.
+    """
+    wanted = flatten(abstract)
+    check_shapes({path: tuple(want.shape) for path, want in wanted.items()}, leaves)
+    filled = {p: jax.numpy.asarray(leaves[p], want.dtype) for p, want in wanted.items()}
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the caller's stays abstract
+    nnx.replace_by_pure_dict(state, nest(filled))
+    return state
+
+
+def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless `found` has these parameters, in these shapes."""
+    check_same_names(set(wanted), set(found), "parameter")
+    for path, shape in wanted.items():
+        if tuple(found[path].shape) != shape:
+            raise CheckpointError(
+                f"parameter {path} has shape {tuple(found[path].shape)}, "
+                f"the config asks for {shape}"
+            )
+
+
+def check_same_names(wanted: set[str], found: set[str], what: str) -> None:
+    """Raises CheckpointError that lists what is missing and what is too many."""
+    problems = []
+    for label, names in (("missing", wanted - found), ("not expected", found - wanted)):
+        if names:
+            shown = ", ".join(sorted(names)[:5])
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            problems.append(f"{label}: {shown}{more}")
+    if problems:
+        raise CheckpointError(f"{what}s do not fit the config; " + "; ".join(problems))
+
+
+# ---- arrays on disk ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of a parameter on disk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def chunk_shape(spec: ArraySpec, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
+    """Leading axes are cut first, so that a chunk is a run of layers' or experts' slices.
+
+    A layer is never mixed with another one: the first axis of a stacked parameter has chunks of 1
+    as soon as the whole does not fit into one chunk.
+    """
+    chunk = list(spec.shape)
+    for axis, size in enumerate(spec.shape):
+        rest = math.prod(chunk[axis + 1 :]) * spec.dtype.itemsize
+        if rest * size <= limit:
+            break
+        chunk[axis] = max(1, min(size, limit // rest if rest else size))
+    return tuple(max(1, n) for n in chunk)
+
+
+def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """The chunks of an array as slices, in order."""
+    axes = [range(0, size, step) for size, step in zip(shape, chunk, strict=True)]
+    for corner in itertools.product(*axes):
+        yield tuple(
+            slice(start, min(start + step, size))
+            for start, step, size in zip(corner, chunk, shape, strict=True)
+        )
+
+
+class ParamReader:
+    """Parameters of a checkpoint, read slice by slice.
+
+    Reads what ParamWriter wrote and what Orbax saved (OCDBT or not, zarr 2 or 3). A chunk that is
+    absent or damaged is an error, never zeros.
+    """
+
+    def __init__(self, folder: Path, cache_bytes: int = CACHE_BYTES):
+        self.folder = folder = Path(folder).absolute()
+        metadata = _read_json(folder / "_METADATA")
+        ocdbt = metadata.get("use_ocdbt", False)
+        zarr = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
+        context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+        pending = {}
+        for key in metadata["tree_metadata"]:
+            path = ast.literal_eval(key)
+            name = ".".join(path)
+            file = {"driver": "file", "path": f"{folder}/"}
+            if ocdbt:
+                store = {"driver": "ocdbt", "base": file, "path": f"{name}/"}
+            else:
+                store = {"driver": "file", "path": f"{folder}/{name}/"}
+            spec = {"driver": zarr, "kvstore": store, "fill_missing_data_reads": False}
+            pending["/".join(path)] = ts.open(
+                ts.Spec(spec), read=True, context=context, recheck_cached=False
+            )
+        self._arrays = {path: _wait(pending[path], folder, path) for path in sorted(pending)}
+        self.specs = {
+            path: ArraySpec(tuple(array.shape), np.dtype(array.dtype.numpy_dtype))
+            for path, array in self._arrays.items()
+        }
+
+    def read(self, path: str, index: tuple[slice | int, ...] = ()) -> np.ndarray:
+        """A slice of a parameter. Raises CheckpointError that names it."""
+        array = self._arrays[path]
+        return _wait((array[index] if index else array).read(), self.folder, path)
+
+    def read_all(self) -> dict[str, np.ndarray]:
+        """All parameters, read at the same time."""
+        pending = {path: array.read() for path, array in self._arrays.items()}
+        return {path: _wait(future, self.folder, path) for path, future in pending.items()}
+
+
+class ParamWriter:
+    """Writes parameters slice by slice into a directory that Orbax restores.
+
+    One directory an array (zarr 3), one file a chunk, a checksum in each. `finish` writes Orbax's
+    metadata: a directory without it is not a checkpoint.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, ArraySpec]):
+        self.folder = folder = Path(folder).absolute()
+        folder.mkdir(parents=True)
+        self.specs = dict(specs)
+        pending = {path: ts.open(_create(folder, path, spec)) for path, spec in specs.items()}
+        self._arrays = {path: _wait(pending[path], folder, path) for path in specs}
+
+    def write(self, path: str, index: tuple[slice | int, ...], value: np.ndarray) -> None:
+        """Writes a slice, and returns when it is on disk. Slices of whole chunks are fastest."""
+        array = self._arrays[path]
+        _wait((array[index] if index else array).write(value), self.folder, path)
+
+    def finish(self) -> None:
+        """Makes the directory an Orbax checkpoint."""
+        tree = {}
+        for path, spec in self.specs.items():
+            keys = tuple(path.split("/"))
+            tree[str(keys)] = {
+                "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dict's key
+                "value_metadata": {
+                    "value_type": "np.ndarray",  # restores anywhere: names no devices
+                    "skip_deserialize": False,
+                    "write_shape": list(spec.shape),
+                },
+            }
+        metadata = {
+            "tree_metadata": tree,
+            "use_ocdbt": False,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        (self.folder / "_METADATA").write_text(json.dumps(metadata))
+
+
+def _create(folder: Path, path: str, spec: ArraySpec) -> dict[str, Any]:
+    grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape(spec))}}
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{folder}/{path.replace('/', '.')}/"},
+        "create": True,
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": list(spec.shape),
+            "data_type": spec.dtype.name,
+            "chunk_grid": grid,
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
+        },
+    }
+
+
+def _wait(future: Any, folder: Path, path: str) -> Any:
+    """The future's result; TensorStore's errors become ours, with the parameter's name."""
+    try:
+        return future.result()
+    except (ValueError, OSError, RuntimeError) as error:
+        text = str(error).split(" [")[0]
+        raise CheckpointError(f"{folder}: parameter {path}: {text}") from error
+
+
+# ---- whole checkpoints ---------------------------------------------------------------------------
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the directory is a model checkpoint of ours (a training step's folder is one)."""
+    return (Path(path) / MODEL / "metadata").is_file()
+
+
+def step_folders(path: Path) -> dict[int, Path]:
+    """{step: folder} of a run's checkpoints, in order; `path` is the run or its `checkpoints`."""
+    for folder in (Path(path) / "checkpoints", Path(path)):
+        steps = {int(p.name): p for p in _subfolders(folder) if p.name.isdigit()}
+        steps = {step: p for step, p in sorted(steps.items()) if is_checkpoint(p)}
+        if steps:
+            return steps
+    return {}
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+
+
+def require_checkpoint(path: Path) -> Path:
+    """`path`, if it is a model checkpoint. Raises CheckpointError that says what it is instead."""
+    path = Path(path)
+    if is_checkpoint(path):
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
+    steps = step_folders(path)
+    if steps:
+        raise CheckpointError(
+            f"{path} is a run, not a checkpoint: name one of its steps, "
+            f"{next(iter(steps.values())).parent}/{{{','.join(map(str, steps))}}}, "
+            "or average the best with `llada2 merge`"
+        )
+    raise CheckpointError(
+        f"{path} is no model checkpoint: it has neither {MODEL}/metadata (ours) "
+        "nor config.json (Hugging Face)"
+    )
+
+
+def load_bundle(path: str | os.PathLike[str]) -> ModelBundle:
+    """All of a checkpoint of ours but its parameters."""
+    path = require_checkpoint(Path(path))
+    tokenizer = path / TOKENIZER / "metadata"
+    files = _read_json(tokenizer) if tokenizer.is_file() else {}
+    return ModelBundle.from_items(_read_json(path / MODEL / "metadata"), files)
+
+
+def read_train_item(path: Path) -> dict[str, Any]:
+    """The item `train` of a training checkpoint. Raises CheckpointError where there is none."""
+    return _read_json(Path(path) / TRAIN / "metadata")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+
+
+def write_items(folder: Path, bundle: ModelBundle) -> None:
+    """The items `model` and `tokenizer`."""
+    for name, item in ((MODEL, bundle.model_item()), (TOKENIZER, bundle.tokenizer_item())):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "metadata").write_text(json.dumps(item, indent=1))
+
+
+def save_model(
+    path: str | os.PathLike[str], bundle: ModelBundle, *, overwrite: bool = False
+) -> None:
+    """Writes a model checkpoint; it is there whole or not at all.
+
+    Raises: CheckpointError where `path` exists (unless `overwrite`) or there are no parameters.
+    """
+    if bundle.params is None:
+        raise CheckpointError("save_model: the bundle has no params")
+    leaves = flatten(bundle.params)
+    specs = {p: ArraySpec(tuple(a.shape), np.dtype(a.dtype)) for p, a in leaves.items()}
+    with replacing(path, overwrite=overwrite) as folder:
+        writer = ParamWriter(folder / PARAMS, specs)
+        for name, leaf in leaves.items():
+            writer.write(name, (), np.asarray(leaf))
+        writer.finish()
+        write_items(folder, bundle)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A new directory beside `path` that takes its place at the end, or vanishes on an error.
+
+    Raises: CheckpointError where `path` exists, unless `overwrite`.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists: choose another path, remove it, or pass overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    work.mkdir()
+    try:
+        yield work
+        _take_place(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _take_place(work: Path, path: Path) -> None:
+    """Renames `work` to `path`; what was there goes aside first and is removed last."""
+    if not path.exists():
+        os.rename(work, path)
+        return
+    old = work.with_suffix(".old")
+    os.rename(path, old)
+    os.rename(work, path)
+    shutil.rmtree(old)

@@ -1,0 +1,117 @@
+"""Model checkpoints in and out: ours (see `llada2_jax.checkpoint`) and Hugging Face folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llada2_jax import checkpoint
+from llada2_jax.checkpoint import CheckpointError, ModelBundle
+from llada2_jax.hub.config import config_from_hf, config_to_hf, special_tokens
+from llada2_jax.hub.huggingface import HFModel, is_hf_folder, read_json, read_tokenizer_files
+from llada2_jax.model import build
+from llada2_jax.types import ModelConfig
+
+__all__ = [
+    "CheckpointError",
+    "ModelBundle",
+    "config_from_hf",
+    "config_to_hf",
+    "load_bundle",
+    "load_model",
+    "param_shapes",
+]
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    mask_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    **config_overrides: Any,
+) -> ModelBundle:
+    """A model from a directory: a checkpoint of ours, a training step, or a Hugging Face folder.
+
+    Args:
+      path: the directory.
+      mask_id, eos_id, pad_id: for Hugging Face folders whose files do not say (see
+        `hub.config.special_tokens`); a checkpoint of ours has its ids.
+      config_overrides: fields of ModelConfig, e.g. dtype="float32", param_dtype="float32".
+
+    Returns: a bundle whose params fit `merge_params(bundle.config, bundle.params)`, cast to the
+      config's param_dtype.
+    Raises: CheckpointError that names the file, field or tensor.
+    """
+    path = Path(path)
+    bundle = load_bundle(path, mask_id=mask_id, eos_id=eos_id, pad_id=pad_id)
+    bundle = dataclasses.replace(bundle, config=_override(bundle.config, config_overrides))
+    abstract = build(bundle.config)[1]
+    flat = checkpoint.flatten(abstract)
+    if is_hf_folder(path):
+        shapes = {name: leaf.shape for name, leaf in flat.items()}
+        model = HFModel(path, bundle.hf_config, shapes)
+        leaves = model.read_all(lambda name: np.dtype(flat[name].dtype))
+    else:
+        leaves = checkpoint.ParamReader(path / checkpoint.PARAMS).read_all()
+    return dataclasses.replace(bundle, params=checkpoint.fill_params(abstract, leaves))
+
+
+def load_bundle(
+    path: str | os.PathLike[str],
+    *,
+    mask_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    tokenizer_files: dict[str, str] | None = None,
+) -> ModelBundle:
+    """What `load_model` gives, without reading the parameters.
+
+    tokenizer_files: instead of those in a Hugging Face folder.
+    """
+    path = Path(path)
+    if not is_hf_folder(path):
+        if tokenizer_files is not None:
+            raise CheckpointError(f"{path}: a checkpoint has its tokenizer; it cannot be replaced")
+        return _own_bundle(path, mask_id=mask_id, eos_id=eos_id, pad_id=pad_id)
+    hf = read_json(path / "config.json")
+    config = config_from_hf(hf)
+    if tokenizer_files is None:
+        tokenizer_files = read_tokenizer_files(path)
+    special = special_tokens(hf, tokenizer_files, mask_id=mask_id, eos_id=eos_id, pad_id=pad_id)
+    generation = path / "generation_config.json"
+    return ModelBundle(
+        config=config,
+        params=None,
+        special=special,
+        tokenizer_files=tokenizer_files,
+        generation=read_json(generation) if generation.is_file() else {},
+        hf_config=hf,
+        provenance={"source": path.resolve().name, "model_type": hf["model_type"]},
+    )
+
+
+def _own_bundle(path: Path, **ids: int | None) -> ModelBundle:
+    bundle = checkpoint.load_bundle(path)
+    for name, value in ids.items():
+        own = getattr(bundle.special, name.removesuffix("_id"))
+        if value is not None and value != own:
+            raise CheckpointError(f"{path}: {name}={value}, but the checkpoint says {own}")
+    return bundle
+
+
+def _override(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise CheckpointError(f"load_model: ModelConfig has no field {', '.join(unknown)}")
+    return dataclasses.replace(config, **overrides)
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of all parameters of an architecture."""
+    return {path: tuple(a.shape) for path, a in checkpoint.flatten(build(config)[1]).items()}

@@ -1,0 +1,456 @@
+"""Hugging Face config.json and tokenizer files <-> ModelConfig and SpecialTokens.
+
+Read: `llada2_moe` (LLaDA2), `bailing_moe_v2` (Ling 2.0, the AR parent) and dFactory's
+`llada2_moe_veomni`. What the model here does not do is an error that names the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llada2_jax.checkpoint import CheckpointError
+from llada2_jax.types import ModelConfig, RopeScaling, SpecialTokens
+
+MODEL_TYPES = ("llada2_moe", "bailing_moe_v2", "llada2_moe_veomni")
+AR_MODEL_TYPE = "bailing_moe_v2"
+ARCHITECTURES = {
+    "llada2_moe": "LLaDA2MoeModelLM",
+    "llada2_moe_veomni": "LLaDA2MoeModelLM",
+    "bailing_moe_v2": "BailingMoeV2ForCausalLM",
+}
+MASK_TOKEN = "<|mask|>"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+# Hugging Face's name -> ours, where the value is the same.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "n_group": "n_group",
+    "topk_group": "topk_group",
+    "num_shared_experts": "num_shared_experts",
+    "first_k_dense_replace": "first_k_dense_replace",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "rms_norm_eps": "rms_norm_eps",
+    "max_position_embeddings": "max_position_embeddings",
+}
+# Fields that may be absent, and what the released model files take then.
+_DEFAULTS = {"norm_topk_prob": True, "tie_word_embeddings": False, "initializer_range": 0.02}
+
+# The only value that this model implements. An absent field means that value.
+_FIXED: dict[str, Any] = {
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "hidden_act": "silu",
+    "score_function": "sigmoid",
+    "use_rmsnorm": True,
+    "use_qk_norm": True,
+    "moe_router_enable_expert_bias": True,
+    "embedding_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "output_dropout": 0.0,
+    "use_sliding_window": False,
+    "norm_head": False,
+    "rope_interleaved": False,
+}
+
+_log = logging.getLogger(__name__)
+
+
+# ---- architecture --------------------------------------------------------------------------------
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a config.json describes.
+
+    dtype and param_dtype are the file's torch_dtype (float32 where it has none).
+    Raises: CheckpointError that names the field for whatever the model here does not implement.
+    """
+    if hf.get("model_type") not in MODEL_TYPES:
+        raise _bad("model_type", hf.get("model_type"), f"known are {', '.join(MODEL_TYPES)}")
+    _check_fixed(hf)
+    values = {ours: _required(hf, name) for name, ours in _FIELDS.items()}
+    values |= {name: hf.get(name, default) for name, default in _DEFAULTS.items()}
+    head_dim = hf.get("head_dim") or _head_dim(hf)
+    dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise _bad("torch_dtype", dtype, "use float32, bfloat16 or float16")
+    cfg = ModelConfig(
+        **values,
+        head_dim=head_dim,
+        partial_rotary_factor=_rotary_factor(hf, head_dim),
+        rope_theta=float(_rope(hf).get("rope_theta") or _required(hf, "rope_theta")),
+        rope_scaling=_rope_scaling(hf),
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+    _check_consistent(hf, cfg)
+    return cfg
+
+
+def _bad(field: str, value: Any, way_out: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {field} is {value!r}; {way_out}")
+
+
+def _required(hf: Mapping[str, Any], field: str) -> Any:
+    if hf.get(field) is None:
+        raise CheckpointError(f"config.json: the field {field!r} is missing")
+    return hf[field]
+
+
+def _check_fixed(hf: Mapping[str, Any]) -> None:
+    for field, value in _FIXED.items():
+        if hf.get(field) is not None and hf[field] != value:
+            raise _bad(field, hf[field], f"only {value!r} is implemented")
+    if hf.get("router_dtype") not in (None, "fp32", "float32"):
+        raise _bad("router_dtype", hf["router_dtype"], "the router is always fp32")
+
+
+def _head_dim(hf: Mapping[str, Any]) -> int:
+    hidden, heads = _required(hf, "hidden_size"), _required(hf, "num_attention_heads")
+    if hidden % heads:
+        raise CheckpointError(
+            f"config.json: head_dim is missing, and hidden_size {hidden} is no multiple of "
+            f"num_attention_heads {heads}"
+        )
+    return hidden // heads
+
+
+def _check_consistent(hf: Mapping[str, Any], cfg: ModelConfig) -> None:
+    for field, limit, what in (
+        ("num_attention_heads", cfg.num_kv_heads, "num_key_value_heads"),
+        ("num_experts", cfg.n_group, "n_group"),
+    ):
+        if limit < 1 or hf[field] % limit:
+            raise _bad(field, hf[field], f"it must be a multiple of {what}, {limit}")
+    if not 1 <= cfg.topk_group <= cfg.n_group:
+        raise _bad("topk_group", cfg.topk_group, f"it must be 1..n_group, {cfg.n_group}")
+    choice = cfg.topk_group * cfg.num_experts // cfg.n_group
+    if not 1 <= cfg.experts_per_token <= choice:
+        raise _bad("num_experts_per_tok", cfg.experts_per_token, f"{choice} experts can be chosen")
+    shared = hf.get("moe_shared_expert_intermediate_size")
+    if shared is not None and cfg.num_shared_experts and shared != cfg.moe_intermediate_size:
+        raise _bad(
+            "moe_shared_expert_intermediate_size",
+            shared,
+            f"shared experts are as wide as the others, {cfg.moe_intermediate_size}",
+        )
+
+
+# ---- rotary embedding ----------------------------------------------------------------------------
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` of new files, `rope_scaling` of old ones, {} where neither says anything.
+
+    Some new files have both; they must agree then.
+    """
+    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    for key in set(new) & set(old):
+        if new[key] != old[key]:
+            raise _bad(f"rope_parameters.{key}", new[key], f"rope_scaling.{key} is {old[key]!r}")
+    return {**old, **new}
+
+
+def _rotary_factor(hf: Mapping[str, Any], head_dim: int) -> float:
+    factor = _rope(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    rotary_dim = hf.get("rotary_dim")
+    if factor is None:
+        factor = 0.5 if rotary_dim is None else rotary_dim / head_dim
+    if rotary_dim is not None and rotary_dim != int(head_dim * factor):
+        raise _bad("rotary_dim", rotary_dim, f"head_dim · partial_rotary_factor is {factor}")
+    if not 0 < factor <= 1 or int(head_dim * factor) % 2:
+        raise _bad("partial_rotary_factor", factor, f"it must cut head_dim {head_dim} evenly")
+    return float(factor)
+
+
+_YARN_FIELDS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "beta_fast"),
+    *("beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    "original_max_position_embeddings",
+}
+
+
+def _rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
+    rope = _rope(hf)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise _bad("rope_scaling.rope_type", kind, "'default' and 'yarn' are implemented")
+    unknown = sorted(set(rope) - _YARN_FIELDS)
+    if unknown:
+        raise CheckpointError(f"config.json: rope_scaling has unknown fields: {unknown}")
+    if rope.get("truncate", True) is not True:
+        raise _bad("rope_scaling.truncate", rope["truncate"], "only true is implemented")
+    factor, original = _yarn_factor(hf, rope)
+    return RopeScaling(
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=float(rope.get("beta_fast") or 32.0),
+        beta_slow=float(rope.get("beta_slow") or 1.0),
+        attention_factor=_attention_factor(rope, factor),
+    )
+
+
+def _yarn_factor(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[float, int]:
+    """The factor and the original context. As in Hugging Face's utilities, an explicit original
+    context makes the factor the ratio of the two contexts, whatever `factor` says."""
+    longest = _required(hf, "max_position_embeddings")
+    original = rope.get("original_max_position_embeddings")
+    if original is None:
+        if rope.get("factor") is None:
+            raise CheckpointError("config.json: rope_scaling needs 'factor'")
+        return float(rope["factor"]), longest
+    factor = longest / original
+    if factor < 1:
+        raise _bad(
+            "max_position_embeddings",
+            longest,
+            f"it is the extended context, and YaRN's original context is {original} already; "
+            f"set it to {math.ceil(original * float(rope.get('factor') or 1))}",
+        )
+    stated = rope.get("factor")
+    if stated is not None and not math.isclose(stated, factor):
+        _log.warning(
+            "config.json: rope_scaling.factor %s is not used: max_position_embeddings / "
+            "original_max_position_embeddings is %s, and Hugging Face takes that",
+            stated,
+            factor,
+        )
+    return factor, original
+
+
+def _attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not mscale or not all_dim:
+        return None
+    scale = 0.1 * math.log(factor) if factor > 1 else 0.0
+    return (scale * mscale + 1.0) / (scale * all_dim + 1.0)
+
+
+# ---- and back ------------------------------------------------------------------------------------
+
+
+def config_to_hf(
+    cfg: ModelConfig,
+    special: SpecialTokens,
+    *,
+    model_type: str = "llada2_moe",
+    dtype: str | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A config.json for an architecture.
+
+    base: the file that the model came with. Where it describes the same architecture it stays as
+    it is (ids and dtype aside); otherwise the fields of `cfg` replace its own and the others stay.
+    """
+    base = dict(base or {})
+    if base and base.get("model_type") == model_type and _same(config_from_hf(base), cfg):
+        hf = base
+    else:
+        hf = _rebased(base, cfg, model_type)
+    hf |= {"pad_token_id": special.pad, "eos_token_id": special.eos, "mask_token_id": special.mask}
+    if special.bos is not None:
+        hf["bos_token_id"] = special.bos
+    hf.pop("dtype", None)
+    hf["torch_dtype"] = dtype or hf.get("torch_dtype") or cfg.param_dtype
+    return hf
+
+
+def same_architecture(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether two configs describe one function: what computes it, and in which dtype, aside."""
+    return _same(a, b)
+
+
+_RUNTIME = ("dtype", "param_dtype", "attention_backend", "experts_backend", "remat")
+
+
+def _same(a: ModelConfig, b: ModelConfig) -> bool:
+    left, right = dataclasses.asdict(a), dataclasses.asdict(b)
+    return all(left[k] == right[k] for k in left if k not in (*_RUNTIME, "initializer_range"))
+
+
+def _rebased(base: dict[str, Any], cfg: ModelConfig, model_type: str) -> dict[str, Any]:
+    if base.get("model_type") != model_type:
+        base.pop("auto_map", None)  # it names the other architecture's Python files
+    base.pop("rope_parameters", None)
+    values = dataclasses.asdict(cfg)
+    scaling = values["rope_scaling"]
+    if scaling is not None:
+        scaling = {"rope_type": "yarn", **{k: v for k, v in scaling.items() if v is not None}}
+    return base | {
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        **{name: values[ours] for name, ours in _FIELDS.items()},
+        **{name: values[name] for name in _DEFAULTS},
+        "head_dim": cfg.head_dim,
+        "partial_rotary_factor": cfg.partial_rotary_factor,
+        "rotary_dim": cfg.rotary_dim,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": scaling,
+        **{name: value for name, value in _FIXED.items() if name in _WRITTEN},
+        "router_dtype": "fp32",
+        "num_nextn_predict_layers": 0,
+    }
+
+
+_WRITTEN = {
+    *("use_bias", "use_qkv_bias", "hidden_act", "score_function", "use_rmsnorm", "use_qk_norm"),
+    *("moe_router_enable_expert_bias", "embedding_dropout", "attention_dropout", "output_dropout"),
+}
+
+
+# ---- special tokens ------------------------------------------------------------------------------
+
+
+def special_tokens(
+    hf: Mapping[str, Any],
+    tokenizer_files: Mapping[str, str],
+    *,
+    mask_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+) -> SpecialTokens:
+    """Ids with a meaning.
+
+    mask: the tokenizer's `<|mask|>` (or mask_token); where it has none, `mask_id`; else the
+    config's mask_token_id. eos, pad: explicit, else the config, else the tokenizer; one stands for
+    the other where only one is named, as LLaDA2's eos is its pad.
+
+    Raises: CheckpointError for no mask id at all, an explicit id that the tokenizer contradicts,
+    a mask id that means something else (Ling's `<|role_end|>` sits on LLaDA2's), ids beyond the
+    vocabulary, no eos and no pad.
+    """
+    tokenizer = TokenizerInfo(tokenizer_files)
+    eos = _first(eos_id, hf.get("eos_token_id"), tokenizer.id_of("eos_token"))
+    pad = _first(pad_id, hf.get("pad_token_id"), tokenizer.id_of("pad_token"), eos)
+    eos = _first(eos, pad)
+    if eos is None or pad is None:
+        raise CheckpointError("no eos id: config.json has neither eos_token_id nor pad_token_id")
+    bos = _first(hf.get("bos_token_id"), tokenizer.id_of("bos_token"))
+    mask = _mask_id(hf, tokenizer, mask_id)
+    vocab = _required(hf, "vocab_size")
+    for field, value in (("mask", mask), ("eos", eos), ("pad", pad), ("bos", bos)):
+        if value is not None and not 0 <= value < vocab:
+            raise CheckpointError(
+                f"{field}_token_id {value} is beyond the vocabulary: vocab_size is {vocab}"
+            )
+    if mask in (eos, pad):
+        name = "eos" if mask == eos else "pad"
+        raise CheckpointError(
+            f"mask id {mask} is the {name} token too: the mask needs an id of its own "
+            "(Ling's chat tokenizers end a turn with LLaDA2's mask id)"
+        )
+    largest = tokenizer.largest_id
+    if largest is not None and largest[0] >= vocab:
+        raise CheckpointError(
+            f"tokenizer.json: token {largest[1]!r} has id {largest[0]}, beyond the vocabulary: "
+            f"vocab_size is {vocab}"
+        )
+    return SpecialTokens(mask=mask, eos=eos, pad=pad, bos=bos)
+
+
+def _first(*values: Any) -> int | None:
+    """The first id that is there; a list of ids counts as its first."""
+    for value in values:
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _mask_id(hf: Mapping[str, Any], tokenizer: TokenizerInfo, explicit: int | None) -> int:
+    own = tokenizer.mask_id
+    if own is not None:
+        if explicit is not None and explicit != own:
+            raise CheckpointError(
+                f"mask id {explicit} was asked for, but the tokenizer's {tokenizer.text(own)!r} "
+                f"is {own} (and {explicit} is {tokenizer.text(explicit)!r}); drop --mask-id"
+            )
+        return own
+    chosen = _first(explicit, hf.get("mask_token_id"))
+    if chosen is None:
+        raise CheckpointError(
+            f"no mask id: the tokenizer has no {MASK_TOKEN} and config.json no mask_token_id; "
+            "give --mask-id N, an id that no text uses"
+        )
+    if tokenizer.has_role(chosen):
+        raise CheckpointError(
+            f"mask id {chosen} is {tokenizer.text(chosen)!r} in this tokenizer: masking with it "
+            "would hide what that token means. Give another, unused id by --mask-id, or the "
+            "tokenizer of LLaDA2 by --tokenizer"
+        )
+    return chosen
+
+
+class TokenizerInfo:
+    """What the tokenizer files say about ids; knows nothing where there are none."""
+
+    def __init__(self, files: Mapping[str, str]):
+        self._json = _parse(files, "tokenizer.json")
+        self._config = _parse(files, "tokenizer_config.json")
+        self._map = _parse(files, "special_tokens_map.json")
+        self._added: dict[int, dict[str, Any]] = {}
+        for key, token in (self._config.get("added_tokens_decoder") or {}).items():
+            self._added[int(key)] = token
+        for token in self._json.get("added_tokens") or []:
+            self._added[token["id"]] = token
+        vocab = (self._json.get("model") or {}).get("vocab") or {}
+        if isinstance(vocab, list):  # Unigram: [[token, score], ...]
+            vocab = {token: i for i, (token, _) in enumerate(vocab)}
+        self._ids = dict(vocab) | {t["content"]: i for i, t in self._added.items()}
+        self._texts = {i: token for token, i in self._ids.items()}
+
+    def text(self, token_id: int) -> str | None:
+        return self._texts.get(token_id)
+
+    def id_of(self, role: str) -> int | None:
+        """The id of `eos_token` and the like."""
+        token = self._config.get(role) or self._map.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        return self._ids.get(token) if token is not None else None
+
+    @property
+    def mask_id(self) -> int | None:
+        return _first(self._ids.get(MASK_TOKEN), self.id_of("mask_token"))
+
+    @property
+    def largest_id(self) -> tuple[int, str] | None:
+        return max(self._texts.items(), default=None)
+
+    def has_role(self, token_id: int) -> bool:
+        """Whether a token structures text (eos, a role's end), rather than being free or a word."""
+        token = self._added.get(token_id)
+        if token is None or not token.get("special", False):
+            return False
+        free = ("mask", "reserved", "unused", "extra", "dummy", "placeholder")
+        return not any(word in token["content"].lower() for word in free)
+
+
+def _parse(files: Mapping[str, str], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        return json.loads(files[name])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{name} is not JSON: {error}") from None

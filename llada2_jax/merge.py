@@ -1,0 +1,270 @@
+"""`llada2 merge`: the arithmetic mean of the best checkpoints of a run (arXiv 2512.15745 §4.3)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from llada2_jax import checkpoint
+from llada2_jax.checkpoint import CheckpointError, ModelBundle, ParamReader, ParamWriter
+from llada2_jax.hub.config import same_architecture
+
+METRIC = "validation.bits_per_byte"
+TOP_K = 4
+
+EXAMPLES = """
+examples:
+  # The four best checkpoints of a run, by validation loss:
+  llada2 merge runs/mini --out runs/mini/merged
+
+  # These, whatever their loss:
+  llada2 merge runs/mini/checkpoints/9000 runs/mini/checkpoints/9500 --out runs/mini/merged
+
+Losses compare only among checkpoints of one kind (phase, objective and block size): by default
+the newest checkpoint's; what was left out is printed. Memory holds one slice of one parameter,
+whatever the number of checkpoints. Exit status: 0, or 1 with the reason.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A training checkpoint and what it was measured at. value, kind: None where it was not."""
+
+    path: Path
+    step: int
+    value: float | None
+    kind: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """chosen: best first. excluded: {path: why} of those that do not compare."""
+
+    chosen: tuple[Candidate, ...]
+    excluded: dict[Path, str]
+    kind: str | None
+    metric: str
+
+
+# ---- choosing ------------------------------------------------------------------------------------
+
+
+def select_best(
+    run_dir: Path | Sequence[Path],
+    k: int = TOP_K,
+    metric: str = METRIC,
+    *,
+    mode: str = "min",
+    kind: str | None = None,
+) -> Selection:
+    """The k best checkpoints of a run (or of a list of runs and checkpoints).
+
+    metric: path in the train item's metrics, e.g. "validation.bits_per_byte"; its group's `kind`
+    says what was measured, and only one kind is compared. kind: default that of the newest
+    checkpoint. mode: "min" or "max".
+    Raises: CheckpointError where fewer than k checkpoints compare.
+    """
+    if mode not in ("min", "max") or k < 1:
+        raise CheckpointError(f"mode={mode!r}, k={k}: mode is 'min' or 'max', k at least 1")
+    paths = [run_dir] if isinstance(run_dir, str | Path) else list(run_dir)
+    found = [_candidate(path, metric) for path in expand(paths)]
+    found.sort(key=lambda c: c.step)
+    measured = [c for c in found if c.value is not None and math.isfinite(c.value)]
+    if not measured:
+        raise CheckpointError(f"no checkpoint under {_shown(paths)} has a finite {metric}")
+    kind = measured[-1].kind if kind is None else kind
+    excluded = {c.path: _reason(c, metric) for c in found if c not in measured}
+    excluded |= {c.path: f"its kind is {c.kind}, not {kind}" for c in measured if c.kind != kind}
+    comparable = [c for c in measured if c.kind == kind]
+    if len(comparable) < k:
+        raise CheckpointError(
+            f"{k} checkpoints were asked for, but {len(comparable)} under {_shown(paths)} have "
+            f"{metric} of kind {kind}; kinds found: {sorted({str(c.kind) for c in measured})}. "
+            f"Ask for fewer by --top-k, or name another --kind"
+        )
+    sign = 1 if mode == "min" else -1
+    comparable.sort(key=lambda c: (sign * (c.value or 0.0), -c.step))
+    return Selection(tuple(comparable[:k]), excluded, kind, metric)
+
+
+def expand(paths: Sequence[Path]) -> list[Path]:
+    """Runs become their checkpoints, checkpoints stay. Raises CheckpointError for anything else,
+    and for a checkpoint that is named twice."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        steps = {} if checkpoint.is_checkpoint(path) else checkpoint.step_folders(path)
+        found += steps.values() or [checkpoint.require_checkpoint(path)]
+    real = [path.resolve() for path in found]
+    twice = sorted({str(path) for path in found if real.count(path.resolve()) > 1})
+    if twice:
+        raise CheckpointError(f"named twice: {', '.join(twice)}")
+    return found
+
+
+def _candidate(path: Path, metric: str) -> Candidate:
+    item = checkpoint.read_train_item(path)
+    group: Any = item.get("metrics") or {}
+    *parents, name = metric.split(".")
+    for key in parents:
+        group = group.get(key) or {}
+    value = group.get(name)
+    number = float(value) if isinstance(value, int | float) else None
+    return Candidate(path, int(item.get("step", 0)), number, group.get("kind"))
+
+
+def _reason(candidate: Candidate, metric: str) -> str:
+    if candidate.value is None:
+        return f"it has no {metric}"
+    return f"its {metric} is {candidate.value}"
+
+
+def _shown(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
+
+
+# ---- averaging -----------------------------------------------------------------------------------
+
+
+def merge_checkpoints(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    provenance: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the mean of model checkpoints as a model checkpoint, slice by slice.
+
+    The sum is fp32; the result has the checkpoints' dtypes, config, tokenizer and defaults.
+    provenance: added to the result's, which always names the sources.
+    Raises: CheckpointError for checkpoints of different models, or weights that are not finite.
+    """
+    paths = [checkpoint.require_checkpoint(Path(path)) for path in paths]
+    if not paths:
+        raise CheckpointError("merge: no checkpoints")
+    bundles = [checkpoint.load_bundle(path) for path in paths]
+    cache = checkpoint.CACHE_BYTES // len(paths)
+    readers = [ParamReader(path / checkpoint.PARAMS, cache) for path in paths]
+    for path, bundle, reader in zip(paths[1:], bundles[1:], readers[1:], strict=True):
+        _check_same_model(paths[0], bundles[0], path, bundle)
+        _check_same_arrays(paths[0], readers[0], path, reader)
+    sources = [{"name": p.name, **b.provenance} for p, b in zip(paths, bundles, strict=True)]
+    provenance = {"merged": sources, **(provenance or {})}
+    with checkpoint.replacing(out, overwrite=overwrite) as folder:
+        _write_mean(readers, folder / checkpoint.PARAMS)
+        checkpoint.write_items(folder, dataclasses.replace(bundles[0], provenance=provenance))
+
+
+def _check_same_model(a_path: Path, a: ModelBundle, b_path: Path, b: ModelBundle) -> None:
+    differing = [
+        name
+        for name in ("special", "tokenizer_files", "hf_config")
+        if getattr(a, name) != getattr(b, name)
+    ]
+    if not same_architecture(a.config, b.config):
+        differing.insert(0, "config")
+    if differing:
+        raise CheckpointError(
+            f"{a_path} and {b_path} are different models: their {', '.join(differing)} differ"
+        )
+
+
+def _check_same_arrays(a_path: Path, a: ParamReader, b_path: Path, b: ParamReader) -> None:
+    for name in sorted(a.specs.keys() | b.specs.keys()):
+        if a.specs.get(name) != b.specs.get(name):
+            raise CheckpointError(
+                f"parameter {name} is {_spec(a, name)} in {a_path}, {_spec(b, name)} in {b_path}"
+            )
+
+
+def _spec(reader: ParamReader, name: str) -> str:
+    spec = reader.specs.get(name)
+    return "absent" if spec is None else f"{spec.dtype}{list(spec.shape)}"
+
+
+def _write_mean(readers: Sequence[ParamReader], folder: Path) -> None:
+    specs = readers[0].specs
+    writer = ParamWriter(folder, specs)
+    total = sum(spec.nbytes for spec in specs.values())
+    with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as bar:
+        for name, spec in specs.items():
+            for box in checkpoint.boxes(spec.shape, checkpoint.chunk_shape(spec)):
+                mean = _mean(readers, name, box)
+                writer.write(name, box, mean.astype(spec.dtype))
+                bar.update(mean.size * spec.dtype.itemsize)
+    writer.finish()
+
+
+def _mean(readers: Sequence[ParamReader], name: str, box: tuple[slice, ...]) -> np.ndarray:
+    total = readers[0].read(name, box).astype(np.float32)
+    for reader in readers[1:]:
+        total += reader.read(name, box).astype(np.float32)
+    if not np.isfinite(total).all():
+        raise CheckpointError(f"parameter {name} has weights that are not finite")
+    return total / np.float32(len(readers))
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="llada2 merge",
+        description="Average the best checkpoints of a run into one.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_CHECKPOINT")
+    p.add_argument("--out", type=Path, required=True, help="the checkpoint to write")
+    p.add_argument(
+        "--top-k",
+        type=int,
+        help=f"average the best so many (default: {TOP_K} where a run is named; all of the "
+        "checkpoints where only checkpoints are)",
+    )
+    p.add_argument("--metric", default=METRIC, help=f"what is best (default: {METRIC})")
+    p.add_argument("--mode", choices=("min", "max"), default="min", help="default: min")
+    p.add_argument("--kind", help="compare this kind of loss (default: the newest checkpoint's)")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        _run(args)
+    except (CheckpointError, OSError) as error:
+        print(f"llada2 merge: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.top_k is None and all(map(checkpoint.is_checkpoint, args.paths)):
+        chosen, provenance = expand(args.paths), {}
+    else:
+        k = TOP_K if args.top_k is None else args.top_k
+        selection = select_best(args.paths, k, args.metric, mode=args.mode, kind=args.kind)
+        chosen, provenance = _report(selection)
+    merge_checkpoints(chosen, args.out, provenance=provenance, overwrite=args.overwrite)
+    print(f"wrote the mean of {len(chosen)} checkpoints to {args.out}")
+
+
+def _report(selection: Selection) -> tuple[list[Path], dict[str, Any]]:
+    """Prints the selection; returns its paths, best first, and what to remember of it."""
+    print(f"{selection.metric}, kind {selection.kind}:")
+    for c in selection.chosen:
+        print(f"  {c.value:.6g}  step {c.step}  {c.path}")
+    for path, reason in selection.excluded.items():
+        print(f"  left out: {path}: {reason}")
+    steps = [{"step": c.step, "value": c.value} for c in selection.chosen]
+    chosen = {"metric": selection.metric, "kind": selection.kind, "steps": steps}
+    return [c.path for c in selection.chosen], {"selection": chosen}
