@@ -1,0 +1,77 @@
+# Everything here runs from a fresh clone with Python 3.12, make and a C compiler.
+# `make help` (or plain `make`) lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Set PYTHON to choose the interpreter that .venv is made from.
+PYTHON ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.stamp
+
+# More arguments for pytest, e.g. make test PYTEST_ARGS="-k sampler"
+PYTEST_ARGS ?=
+
+.PHONY: help setup quickstart quickstart-long test lint format wheel pins clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## create .venv and install the project with its development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@if ! [ -x $(BIN)/python ]; then \
+	  for python in $(or $(PYTHON),python3.12 python3 python); do \
+	    version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+	    if [ "$$version" = 3.12 ] || [ -n "$(PYTHON)" ]; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$${found:-}" ]; then \
+	    echo "make setup: no Python 3.12 found (tried: $(or $(PYTHON),python3.12, python3, python))." >&2; \
+	    echo "Install it, or name an interpreter: make setup PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Creating .venv with $$found"; \
+	  "$$found" -m venv .venv; \
+	fi
+	@echo "Installing the packages pinned in constraints.txt (about a minute)"
+	@$(PIP) install -qq -c constraints.txt hatchling editables
+	@$(PIP) install -qq -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+quickstart: setup ## the whole conversion on this machine, about 10 minutes; writes runs/quickstart/report.md
+	$(BIN)/llada2 quickstart
+
+quickstart-long: setup ## the same with a real budget (hours on 2 cores); run it again to resume
+	$(BIN)/llada2 quickstart --config=configs/quickstart_long.py
+
+test: lint ## lint, then all tests
+	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: setup ## style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo --cache-dir .cache/import_linter
+
+format: setup ## let ruff rewrite the files in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+wheel: setup ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation
+
+pins: setup ## renew constraints.txt from a clean environment with the newest releases
+	rm -rf .cache/pins
+	$(BIN)/python -m venv .cache/pins
+	.cache/pins/bin/python -m pip install -qq --disable-pip-version-check hatchling editables
+	.cache/pins/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation --editable '.[dev]'
+	{ sed '/^[^#]/,$$d' constraints.txt; .cache/pins/bin/python -m pip freeze --exclude-editable; } > .cache/constraints.txt
+	mv .cache/constraints.txt constraints.txt
+	rm -rf .cache/pins
+
+clean: ## remove caches and built files; .venv and runs/ stay
+	rm -rf .cache .hypothesis dist build *.egg-info
+	find llada2_jax pallas_kernels configs tests -name __pycache__ -prune -exec rm -rf {} +
