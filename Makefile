@@ -8,6 +8,7 @@ SHELL := bash
 
 # Set PYTHON to choose the interpreter that .venv is made from.
 PYTHON ?=
+PYTHONS := python3.12 python3 python
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.stamp
@@ -24,12 +25,12 @@ setup: $(STAMP) ## create .venv and install the project with its development too
 
 $(STAMP): pyproject.toml constraints.txt
 	@if ! [ -x $(BIN)/python ]; then \
-	  for python in $(or $(PYTHON),python3.12 python3 python); do \
+	  for python in $(or $(PYTHON),$(PYTHONS)); do \
 	    version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
 	    if [ "$$version" = 3.12 ] || [ -n "$(PYTHON)" ]; then found=$$python; break; fi; \
 	  done; \
 	  if [ -z "$${found:-}" ]; then \
-	    echo "make setup: no Python 3.12 found (tried: $(or $(PYTHON),python3.12, python3, python))." >&2; \
+	    echo "make setup: no Python 3.12 found (tried: $(or $(PYTHON),$(PYTHONS)))." >&2; \
 	    echo "Install it, or name an interpreter: make setup PYTHON=/path/to/python3.12" >&2; \
 	    exit 1; \
 	  fi; \
