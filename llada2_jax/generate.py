@@ -1,0 +1,255 @@
+"""`llada2 generate`: completes prompts from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llada2_jax.checkpoint import CheckpointError
+from llada2_jax.engine import Completion, Engine, load
+from llada2_jax.sampler import RequestError
+
+_EXAMPLES = """\
+examples:
+  llada2 generate --checkpoint runs/quickstart/model --prompt 'def fibonacci(n):'
+  cat half_a_file.py | llada2 generate --checkpoint DIR --threshold 0.8
+  llada2 generate --checkpoint DIR --prompts-file prompts.jsonl > completions.jsonl
+  llada2 generate --checkpoint DIR --prompt 'import ' --temperature 0.7 --top-p 0.9 --seed 1
+
+Completions go to stdout, everything else to stderr. Options that are not given have the
+checkpoint's defaults, else the paper's: block size 32, threshold 0.95, greedy.
+"""
+
+# flag -> (type, what it does); each is a field of SamplerOptions
+_OPTIONS = {
+    "max-new-tokens": (int, "stop after so many tokens (256)"),
+    "block-size": (int, "positions denoised together"),
+    "threshold": (float, "accept a token at once if its probability is above this"),
+    "steps": (int, "finish a block within so many forwards (default: the block size)"),
+    "temperature": (float, "0 is greedy"),
+    "top-k": (int, "sample among the k most probable; 0 is off"),
+    "top-p": (float, "sample among the most probable that make up p; 1 is off"),
+    "min-p": (float, "drop what has less than this times the highest probability; 0 is off"),
+    "seed": (int, "the same seed gives the same text (0)"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """A prompt and the other fields of its line."""
+
+    prompt: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns the exit status: 0, or 2 for what the user can put right."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except (RequestError, CheckpointError, OSError) as error:
+        print(f"llada2 generate: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llada2 generate",
+        description="Complete prompts with the block-diffusion threshold sampler.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a checkpoint or Hugging Face folder"
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a prompt; repeat it for more"
+    )
+    source.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help='JSONL, one {"prompt": "..."} a line ("-": stdin), answered as JSONL; other fields of '
+        "a line are passed on. With neither option, stdin is one prompt",
+    )
+    for flag, (kind, about) in _OPTIONS.items():
+        parser.add_argument(f"--{flag}", type=kind, help=about)
+    for name, about in (
+        ("stop-on-eos", "end with the first EOS"),
+        ("early-stop", "inside a block"),
+    ):
+        parser.add_argument(
+            f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=about
+        )
+    parser.add_argument(
+        "--fuse-commit",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="commit a block in the next one's first forward",
+    )
+    parser.add_argument("--json", action="store_true", help="answer as JSONL, with counts")
+    parser.add_argument("--no-stream", action="store_true", help="print when a batch is complete")
+    parser.add_argument(
+        "--max-batch", type=int, default=8, help="prompts decoded together, unless streamed (8)"
+    )
+    parser.add_argument(
+        "--compare-uncached",
+        action="store_true",
+        help="decode once more without a KV cache and report the ratio of the times",
+    )
+    parser.add_argument("--dtype", help="of activations, e.g. float32 (the checkpoint's)")
+    parser.add_argument("--mask-id", type=int, help="for folders whose files do not say")
+    parser.add_argument("--eos-id", type=int, help="for folders whose files do not say")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    items = _items(args)
+    overrides = {} if args.dtype is None else {"dtype": args.dtype}
+    bundle_ids = {"mask_id": args.mask_id, "eos_id": args.eos_id}
+    engine = load(args.checkpoint, max_batch=args.max_batch, **bundle_ids, **overrides)
+    names = [flag.replace("-", "_") for flag in _OPTIONS]
+    names += ["stop_on_eos", "early_stop", "fuse_commit"]
+    options = {name: getattr(args, name) for name in names}
+    as_json = args.json or args.prompts_file is not None
+    if as_json or args.no_stream:
+        completions = engine.generate([item.prompt for item in items], **options)
+        _write(items, completions, as_json)
+    else:
+        completions = [_stream(engine, item, options, len(items)) for item in items]
+    _report(completions)
+    if args.compare_uncached:
+        _compare(engine, items, completions, options)
+    return 0
+
+
+# ------------------------------------------------------------------------------------- input
+
+
+def _items(args: argparse.Namespace) -> list[_Item]:
+    if args.prompt is not None:
+        return [_Item(text) for text in args.prompt]
+    if args.prompts_file is None:
+        if sys.stdin.isatty():
+            print("Reading the prompt from the terminal; end it with Ctrl-D.", file=sys.stderr)
+        return [_Item(sys.stdin.read())]
+    if args.prompts_file == "-":
+        return parse_lines(sys.stdin.read(), "stdin")
+    return parse_lines(_read(Path(args.prompts_file)), args.prompts_file)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not UTF-8 at byte {error.start}: convert the file") from None
+
+
+def parse_lines(text: str, name: str) -> list[_Item]:
+    """The prompts of a JSONL text; empty lines are skipped.
+
+    Raises: RequestError that names the file and every bad line (the first ten).
+    """
+    items, wrong = [], []
+    # Not splitlines(), which also breaks at characters that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        item, problem = _parse(line)
+        if item is not None:
+            items.append(item)
+        else:
+            wrong.append(f"{name}:{number}: {problem}")
+    if wrong:
+        more = [] if len(wrong) <= 10 else [f"… and {len(wrong) - 10} more"]
+        raise RequestError("\n  ".join(["nothing was generated:", *wrong[:10], *more]))
+    if not items:
+        raise RequestError(f'{name}: no prompts: it needs a line such as {{"prompt": "text"}}')
+    return items
+
+
+def _parse(line: str) -> tuple[_Item | None, str]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return None, f"not JSON: {error.msg} at column {error.colno}"
+    if not isinstance(value, dict):
+        return None, f'a {type(value).__name__} instead of an object {{"prompt": "text"}}'
+    if "prompt" not in value:
+        return None, f'no "prompt" among the fields {sorted(value)}'
+    prompt = value.pop("prompt")
+    if not isinstance(prompt, str):
+        return None, f'"prompt" is a {type(prompt).__name__}, not a text'
+    return _Item(prompt, value), ""
+
+
+# ------------------------------------------------------------------------------------ output
+
+
+def _stream(engine: Engine, item: _Item, options: dict[str, Any], count: int) -> Completion:
+    if count > 1:
+        print(f"=== {item.prompt!r}")
+    for piece in engine.stream(item.prompt, **options):
+        if isinstance(piece, Completion):
+            print()
+            return piece
+        print(piece, end="", flush=True)
+    raise AssertionError("a stream ends with its Completion")
+
+
+def _write(items: Sequence[_Item], completions: Sequence[Completion], as_json: bool) -> None:
+    for item, completion in zip(items, completions, strict=True):
+        if as_json:
+            record = item.fields | {"prompt": item.prompt} | _record(completion)
+            print(json.dumps(record, ensure_ascii=False))
+            continue
+        if len(items) > 1:
+            print(f"=== {item.prompt!r}")
+        print(completion.text)
+
+
+def _record(c: Completion) -> dict[str, Any]:
+    return {
+        "completion": c.text,
+        "tokens": c.tokens,
+        "finish_reason": c.finish_reason,
+        "prompt_tokens": len(c.prompt_tokens),
+        "accepted": c.accepted,
+        "denoise_forwards": c.denoise_forwards,
+        "commit_forwards": c.commit_forwards,
+        "tokens_per_forward": round(c.tokens_per_forward, 4),
+        "tokens_per_forward_with_commits": round(c.tokens_per_forward_with_commits, 4),
+        "seconds": round(c.seconds, 4),
+    }
+
+
+def _report(completions: Sequence[Completion]) -> None:
+    tokens = sum(len(c.tokens) for c in completions)
+    accepted = sum(c.accepted for c in completions)
+    denoise = sum(c.denoise_forwards for c in completions)
+    commits = sum(c.commit_forwards for c in completions)
+    seconds = sum(c.seconds for c in completions)
+    building = sum(c.compile_seconds for c in completions)
+    print(
+        f"{tokens} tokens in {seconds:.2f} s: {tokens / max(seconds, 1e-9):.1f} tokens/s; "
+        f"{accepted / max(denoise, 1):.2f} tokens per forward, "
+        f"{accepted / max(denoise + commits, 1):.2f} with commits "
+        f"({denoise} denoising + {commits} commit forwards); compiled for {building:.1f} s",
+        file=sys.stderr,
+    )
+
+
+def _compare(engine: Engine, items, completions, options: dict[str, Any]) -> None:
+    uncached = engine.generate([item.prompt for item in items], **options, cache=False)
+    cached_s, uncached_s = (sum(c.seconds for c in cs) for cs in (completions, uncached))
+    equal = all(a.tokens == b.tokens for a, b in zip(completions, uncached, strict=True))
+    print(
+        f"without a cache: {uncached_s:.2f} s, {uncached_s / max(cached_s, 1e-9):.2f} times as "
+        f"long; the same tokens: {'yes' if equal else 'NO'}",
+        file=sys.stderr,
+    )
