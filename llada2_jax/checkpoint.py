@@ -217,12 +217,13 @@ class ArraySpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def chunk_shape(spec: ArraySpec, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
-    """Leading axes are cut first, so that a chunk is a run of layers' or experts' slices.
+def chunk_shape(spec: ArraySpec, limit: int | None = None) -> tuple[int, ...]:
+    """Chunks of at most `limit` bytes (default: CHUNK_BYTES).
 
-    A layer is never mixed with another one: the first axis of a stacked parameter has chunks of 1
-    as soon as the whole does not fit into one chunk.
+    Leading axes are cut first, so that a chunk is a run of whole layers, or of whole experts of
+    one layer, unless one of those is larger than the limit.
     """
+    limit = CHUNK_BYTES if limit is None else limit
     chunk = list(spec.shape)
     for axis, size in enumerate(spec.shape):
         rest = math.prod(chunk[axis + 1 :]) * spec.dtype.itemsize
@@ -249,12 +250,13 @@ class ParamReader:
     absent or damaged is an error, never zeros.
     """
 
-    def __init__(self, folder: Path, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, folder: Path, cache_bytes: int | None = None):
         self.folder = folder = Path(folder).absolute()
         metadata = _read_json(folder / "_METADATA")
         ocdbt = metadata.get("use_ocdbt", False)
         zarr = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
-        context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+        limit = CACHE_BYTES if cache_bytes is None else cache_bytes
+        context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
         pending = {}
         for key in metadata["tree_metadata"]:
             path = ast.literal_eval(key)
@@ -449,11 +451,14 @@ def save_model(
 def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A new directory beside `path` that takes its place at the end, or vanishes on an error.
 
-    Raises: CheckpointError where `path` exists, unless `overwrite`.
+    Raises: CheckpointError where `path` exists, unless `overwrite` and it is a model: a run, a
+    training step or somebody's folder is never replaced.
     """
     path = Path(path).absolute()
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists: choose another path, remove it, or pass overwrite")
+    if path.exists() and not _is_only_a_model(path):
+        raise CheckpointError(f"{path} is not a model, or more than one: remove it yourself")
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     work.mkdir()
@@ -463,6 +468,12 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _is_only_a_model(path: Path) -> bool:
+    if not path.is_dir() or (path / TRAIN).exists() or step_folders(path):
+        return False
+    return is_checkpoint(path) or (path / "config.json").is_file() or not any(path.iterdir())
 
 
 def _take_place(work: Path, path: Path) -> None:

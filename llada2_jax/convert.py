@@ -25,7 +25,8 @@ examples:
   # And back, in bfloat16, as LLaDA2:
   llada2 convert runs/mini/merged out/mini-hf --dtype bfloat16 --model-type llada2_moe
 
-Memory holds one tensor at a time, never a model. DST appears when all of it has been written.
+Memory holds about one tensor (exports: and 256 MB of chunks), never a model. DST appears when all
+of it has been written.
 Multi-token prediction layers are dropped, by name. Exit status: 0, or 1 with the reason.
 """
 

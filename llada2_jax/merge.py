@@ -29,8 +29,8 @@ examples:
   llada2 merge runs/mini/checkpoints/9000 runs/mini/checkpoints/9500 --out runs/mini/merged
 
 Losses compare only among checkpoints of one kind (phase, objective and block size): by default
-the newest checkpoint's; what was left out is printed. Memory holds one slice of one parameter,
-whatever the number of checkpoints. Exit status: 0, or 1 with the reason.
+the newest checkpoint's; what was left out is printed. Memory holds a few chunks of 64 MB,
+whatever the size of the model and the number of checkpoints. Exit status: 0, or 1 with the reason.
 """
 
 

@@ -36,9 +36,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, str]:
-    """{file name: text} of those files that are there."""
-    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return {name: (folder / name).read_text() for name in found}
+    """{file name: text} of those files that are there, line ends as they are."""
+    files = {}
+    for path in (folder / name for name in TOKENIZER_FILES):
+        try:
+            files[path.name] = path.read_bytes().decode()
+        except FileNotFoundError:
+            continue
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not UTF-8: {error}") from None
+    return files
 
 
 class HFModel:
@@ -129,5 +136,4 @@ class HFModel:
             out[path] = np.empty(spec.shape, cast(path))
             for box in self.boxes(path):
                 out[path][box] = self.read(path, box).astype(cast(path))
-        self.tensors.close()
         return out

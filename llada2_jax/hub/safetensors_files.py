@@ -54,7 +54,6 @@ class TensorFolder:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self._entries: dict[str, _Entry] = {}
-        self._open: tuple[Path, io.FileIO] | None = None
         for file in _files(self.folder):
             for name, entry in _read_header(file).items():
                 if name in self._entries:
@@ -86,23 +85,16 @@ class TensorFolder:
         shape = entry.shape if lead is None else entry.shape[1:]
         size = math.prod(shape) * dtype.itemsize
         buffer = np.empty(size, np.uint8)
-        stream = self._stream(entry.file)
-        stream.seek(entry.start + (lead or 0) * size)
-        if stream.readinto(buffer.data) != size:
-            raise CheckpointError(f"{entry.file}: truncated inside tensor {name}")
+        # Plain reads rather than a memory map: mapped pages count as the process's memory.
+        with open(entry.file, "rb", buffering=0) as stream:
+            stream.seek(entry.start + (lead or 0) * size)
+            done = 0
+            while done < size:  # one read gives at most 2 GiB
+                count = stream.readinto(buffer.data[done:])
+                if not count:
+                    raise CheckpointError(f"{entry.file}: truncated inside tensor {name}")
+                done += count
         return buffer.view(dtype).reshape(shape)
-
-    def close(self) -> None:
-        if self._open:
-            self._open[1].close()
-        self._open = None
-
-    def _stream(self, file: Path) -> io.FileIO:
-        # Unbuffered reads rather than a memory map: mapped pages count as the process's memory.
-        if self._open is None or self._open[0] != file:
-            self.close()
-            self._open = (file, io.FileIO(file))
-        return self._open[1]
 
     def _check_index(self) -> None:
         if not (self.folder / INDEX).is_file():

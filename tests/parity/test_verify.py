@@ -1,0 +1,192 @@
+"""`llada2 verify` passes on the released model's numbers, and on nothing that differs from them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from llada2_jax import cli
+from llada2_jax.checkpoint import CheckpointError
+from llada2_jax.hub.streaming import Options, convert
+from llada2_jax.verify import TOLERANCE, Result, case_names, read_goldens, verify
+
+CASES = [
+    *("full", "causal", "bd1", "bd4", "bd8", "bd32"),
+    *(f"gen{i}" for i in range(8)),
+    *("eos1", "eos3", "eos4", "eos6"),
+]
+
+
+def test_golden_folders_pass(golden_checkpoint, capsys):
+    assert cli.main(["verify", str(golden_checkpoint)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "case" and "denoising forwards equal" in lines[0]
+    assert [line.split()[0] for line in lines[1:-1]] == CASES
+    assert lines[-1].startswith("all 18 cases passed")
+
+
+def test_a_converted_checkpoint_passes(tmp_path, shared_goldens):
+    source = shared_goldens / "llada2_tiny"
+    convert(source, tmp_path / "ours", Options(mask_id=383))
+    subset = goldens_with(tmp_path, source, lambda g: None, cases=("full", "bd4", "gen2"))
+    results = verify(tmp_path / "ours", subset)
+    assert len(results) == 3 and all(result.passed for result in results)
+
+
+# ---- whatever differs is noticed -----------------------------------------------------------------
+
+
+def goldens_with(tmp_path: Path, source: Path, change, cases=("full", "bd8", "gen2")) -> Path:
+    """Some cases of a golden file, changed in place by `change`."""
+    numbers = read_goldens(source / "goldens.npz")
+    keep = {n: v for n, v in numbers.items() if "/" not in n or n.split("/")[0] in cases}
+    change(keep)
+    np.savez(tmp_path / "goldens.npz", **keep)  # pyright: ignore[reportArgumentType]
+    return tmp_path / "goldens.npz"
+
+
+def failing(checkpoint: Path, goldens: Path) -> list[str]:
+    """The cases that fail, through the command's exit status and through the library."""
+    assert cli.main(["verify", str(checkpoint), "--goldens", str(goldens)]) == 1
+    return [result.case for result in verify(checkpoint, goldens) if not result.passed]
+
+
+@pytest.fixture
+def tiny(shared_goldens) -> Path:
+    return shared_goldens / "llada2_tiny"
+
+
+def add(name, index, value):
+    """A change: adds `value` to one number of one golden array."""
+
+    def change(goldens):
+        goldens[name] = goldens[name].copy()
+        goldens[name][index] += value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        "model.word_embeddings.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.attention.query_key_value.weight",
+        "model.layers.1.attention.key_layernorm.weight",
+        "model.layers.2.mlp.gate.weight",
+        "model.layers.2.mlp.gate.expert_bias",
+        "model.layers.3.mlp.experts.7.down_proj.weight",
+        "model.layers.3.mlp.shared_experts.gate_proj.weight",
+    ],
+)
+def test_one_weight(tmp_path, tiny, weight):
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    shutil.copy(tiny / "config.json", folder)
+    tensors = safetensors.numpy.load_file(tiny / "model.safetensors")
+    value = tensors[weight] = tensors[weight].copy()
+    row = 383 if "embeddings" in weight else 0  # the mask's row is one that every case reads
+    value.reshape(len(value), -1)[row, 0] += 0.5
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    goldens = goldens_with(tmp_path, tiny, lambda g: None, cases=("full", "bd8"))
+    assert failing(folder, goldens)
+
+
+def test_one_logit(tmp_path, tiny):
+    goldens = goldens_with(tmp_path, tiny, add("bd8/logits", (150, 7), 3 * TOLERANCE))
+    assert failing(tiny, goldens) == ["bd8"]
+
+
+def test_a_logit_that_is_not_a_number(tmp_path, tiny, capsys):
+    goldens = goldens_with(tmp_path, tiny, add("full/logits", (1, 95, 3), np.nan))
+    assert failing(tiny, goldens) == ["full"]
+    assert "row 1, position 95, token 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("full/input_ids", (0, 40)),
+        ("bd8/noisy_ids", 3),
+        ("bd8/clean_ids", 3),
+        ("bd8/segment_ids", 0),
+        ("gen2/prompt_ids", 0),
+        ("gen2/output_ids", 5),
+    ],
+)
+def test_one_id(tmp_path, tiny, name, index):
+    step = -1 if name.endswith("_ids") and "segment" not in name else 9
+    goldens = goldens_with(tmp_path, tiny, add(name, index, step))
+    assert failing(tiny, goldens) == [name.split("/")[0]]
+
+
+@pytest.mark.parametrize("change", [add("gen2/forward_calls", (), 1), add("gen2/params", 3, 0.5)])
+def test_one_count_or_parameter_of_a_generation(tmp_path, tiny, change):
+    assert failing(tiny, goldens_with(tmp_path, tiny, change)) == ["gen2"]
+
+
+def test_another_mask(tmp_path, tiny):
+    goldens = goldens_with(tmp_path, tiny, add("mask_token_id", (), -1))
+    assert failing(tiny, goldens) == ["gen2"]
+
+
+# ---- what cannot be verified ---------------------------------------------------------------------
+
+
+def unusable(checkpoint: Path, goldens: Path, capsys) -> str:
+    assert cli.main(["verify", str(checkpoint), "--goldens", str(goldens)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llada2 verify: ") and error.count("\n") == 1
+    return error
+
+
+def test_another_eos(tmp_path, tiny, capsys):
+    goldens = goldens_with(tmp_path, tiny, add("eos_token_id", (), -1))
+    assert "eos_token_id is 379, the checkpoint's is 380" in unusable(tiny, goldens, capsys)
+
+
+@pytest.mark.parametrize("name", ["mask_token_id", "full/logits", "bd8/segment_ids", "gen2/params"])
+def test_a_number_is_missing(tmp_path, tiny, capsys, name):
+    goldens = goldens_with(tmp_path, tiny, lambda g: g.pop(name))
+    assert f"the goldens lack {name}" in unusable(tiny, goldens, capsys)
+
+
+def test_an_id_beyond_the_vocabulary(tmp_path, tiny, capsys):
+    goldens = goldens_with(tmp_path, tiny, add("full/input_ids", (0, 0), 384))
+    assert "outside the vocabulary of 384" in unusable(tiny, goldens, capsys)
+
+
+def test_an_unknown_case(tmp_path, tiny, capsys):
+    goldens = goldens_with(tmp_path, tiny, lambda g: g.update({"odd/logits": np.ones(1)}))
+    assert "a case 'odd'" in unusable(tiny, goldens, capsys)
+
+
+def test_a_file_without_cases(tmp_path, tiny, capsys):
+    goldens = goldens_with(tmp_path, tiny, lambda g: None, cases=())
+    assert "has no case" in unusable(tiny, goldens, capsys)
+
+
+def test_files_that_are_none(tmp_path, tiny, capsys):
+    assert "name the goldens by --goldens" in unusable(tiny, tmp_path / "absent.npz", capsys)
+    (tmp_path / "text.npz").write_text("no numbers")
+    assert "no usable .npz file" in unusable(tiny, tmp_path / "text.npz", capsys)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "model_type is 'llama'" in unusable(tmp_path, tiny / "goldens.npz", capsys)
+
+
+def test_nothing_passes_by_accident():
+    assert not Result("full", float("nan")).passed
+    assert not Result("full", 2 * TOLERANCE).passed
+    assert not Result("gen0", None, tokens_equal=True, forwards_equal=False).passed
+    assert case_names({"gen10/x": np.ones(1), "gen9/x": np.ones(1), "full/x": np.ones(1)}) == [
+        "full",
+        "gen9",
+        "gen10",
+    ]
+    with pytest.raises(CheckpointError):
+        read_goldens(Path("absent.npz"))

@@ -1,0 +1,236 @@
+"""Our checkpoint directories: whole, self-contained, and the same to Orbax and to us."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llada2_jax import checkpoint
+from llada2_jax.checkpoint import ArraySpec, CheckpointError, ModelBundle
+from llada2_jax.hub import load_bundle, load_model
+from llada2_jax.model import init_params, merge_params
+from llada2_jax.types import ModelConfig, RopeScaling, SpecialTokens
+
+CONFIG = ModelConfig(
+    vocab_size=24,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=16,
+    moe_intermediate_size=8,
+    num_experts=4,
+    experts_per_token=2,
+    n_group=2,
+    topk_group=1,
+    rope_scaling=RopeScaling(2.0, 64),
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> ModelBundle:
+    return ModelBundle(
+        config=CONFIG,
+        params=init_params(CONFIG, 0),
+        special=SpecialTokens(mask=23, eos=22, pad=21),
+        tokenizer_files={"tokenizer.json": "{}", "chat_template.jinja": "ä\n"},
+        generation={"block_size": 32, "threshold": 0.9},
+        hf_config={"model_type": "llada2_moe"},
+        provenance={"step": 3},
+    )
+
+
+def save_with_orbax(path, bundle: ModelBundle, chunk_bytes: int = 1 << 20, train=None) -> None:
+    """A model checkpoint as the training loop writes it."""
+    tree = checkpoint.nest(checkpoint.flatten(bundle.params))
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree)
+    items = {
+        "params": ocp.args.PyTreeSave(tree, save_args=chunked),
+        "model": ocp.args.JsonSave(bundle.model_item()),
+        "tokenizer": ocp.args.JsonSave(bundle.tokenizer_item()),
+    }
+    if train is not None:
+        items["train"] = ocp.args.JsonSave(train)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, ocp.args.Composite(**items))
+
+
+def assert_same_params(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_what_was_saved_comes_back(tmp_path, bundle):
+    checkpoint.save_model(tmp_path / "m", bundle)
+    loaded = load_model(tmp_path / "m")
+    assert_same_params(loaded.params, bundle.params)
+    assert dataclasses.replace(loaded, params=None) == dataclasses.replace(bundle, params=None)
+    merge_params(loaded.config, loaded.params)
+    assert load_bundle(tmp_path / "m").params is None
+
+
+def test_orbax_restores_what_we_write(tmp_path, bundle):
+    checkpoint.save_model(tmp_path / "m", bundle)
+    tree = checkpoint.nest(checkpoint.flatten(bundle.params))
+    with ocp.PyTreeCheckpointer() as reader:
+        plain = reader.restore(tmp_path / "m" / "params")
+    assert_same_params(jax.tree.map(np.asarray, tree), plain)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        items = reader.restore(
+            tmp_path / "m",
+            ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract),
+                model=ocp.args.JsonRestore(),
+                tokenizer=ocp.args.JsonRestore(),
+            ),
+        )
+    assert_same_params(tree, items.params)
+    assert ModelBundle.from_items(items.model, items.tokenizer).special == bundle.special
+
+
+def test_we_read_what_orbax_writes(tmp_path, bundle):
+    save_with_orbax(tmp_path / "m", bundle)
+    assert_same_params(load_model(tmp_path / "m").params, bundle.params)
+
+
+def test_overrides_change_the_config_and_the_dtype(tmp_path, bundle):
+    checkpoint.save_model(tmp_path / "m", bundle)
+    loaded = load_model(tmp_path / "m", param_dtype="bfloat16", remat="full")
+    assert loaded.config.remat == "full"
+    assert checkpoint.flatten(loaded.params)["embedding"].dtype == jax.numpy.bfloat16
+    with pytest.raises(CheckpointError, match="no field hidden"):
+        load_model(tmp_path / "m", hidden=3)
+    with pytest.raises(CheckpointError, match=r"embedding has shape \(24, 16\).*\(25, 16\)"):
+        load_model(tmp_path / "m", vocab_size=25)
+
+
+def test_a_run_is_not_a_checkpoint(tmp_path, bundle):
+    save_with_orbax(tmp_path / "checkpoints" / "5", bundle)
+    save_with_orbax(tmp_path / "checkpoints" / "10", bundle)
+    assert list(checkpoint.step_folders(tmp_path)) == [5, 10]
+    with pytest.raises(CheckpointError, match=r"is a run.*\{5,10\}.*llada2 merge"):
+        load_model(tmp_path)
+
+
+def test_paths_that_are_nothing(tmp_path):
+    with pytest.raises(CheckpointError, match="no such directory"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"neither model/metadata .* nor config\.json"):
+        load_model(tmp_path)
+
+
+def chunk_file(folder):
+    return next(p for p in (folder / "params" / "embedding").rglob("c/*/*") if p.is_file())
+
+
+def test_a_flipped_bit_is_noticed(tmp_path, bundle):
+    checkpoint.save_model(tmp_path / "m", bundle)
+    data = bytearray(chunk_file(tmp_path / "m").read_bytes())
+    data[100] ^= 1
+    chunk_file(tmp_path / "m").write_bytes(data)
+    with pytest.raises(CheckpointError, match="parameter embedding: DATA_LOSS"):
+        load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("damage", ["absent", "truncated"])
+def test_damaged_arrays_are_errors_that_name_them(tmp_path, bundle, damage):
+    checkpoint.save_model(tmp_path / "m", bundle)
+    file = chunk_file(tmp_path / "m")
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "truncated":
+        file.write_bytes(data[:-8])
+    with pytest.raises(CheckpointError, match="parameter embedding"):
+        load_model(tmp_path / "m")
+
+
+def test_a_missing_item_is_named(tmp_path, bundle):
+    checkpoint.save_model(tmp_path / "m", bundle)
+    (tmp_path / "m" / "params" / "_METADATA").unlink()
+    with pytest.raises(CheckpointError, match="_METADATA is missing"):
+        load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "format_version is 99"),
+        ({"special_tokens": {"mask": 1}}, "special_tokens"),
+        ({"config": {"hidden": 3}}, "config has fields .* hidden"),
+    ],
+)
+def test_a_model_item_from_elsewhere_is_refused(bundle, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        ModelBundle.from_items(bundle.model_item() | change, {})
+
+
+def test_the_model_item_is_json(bundle):
+    item = json.loads(json.dumps(bundle.model_item()))
+    again = ModelBundle.from_items(item, bundle.tokenizer_item())
+    assert again == dataclasses.replace(bundle, params=None)
+
+
+def test_nothing_half_written(tmp_path, bundle):
+    class Odd:
+        """An array that cannot be read."""
+
+        shape, dtype = (2, 2), np.dtype(np.float32)
+
+        def __array__(self, dtype=None, copy=None):
+            raise RuntimeError("lost")
+
+    broken = dataclasses.replace(bundle, params={"a": np.ones((2, 2), np.float32), "b": Odd()})
+    with pytest.raises(RuntimeError, match="lost"):
+        checkpoint.save_model(tmp_path / "m", broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target_stays_unless_told(tmp_path, bundle):
+    checkpoint.save_model(tmp_path / "m", bundle)
+    changed = dataclasses.replace(bundle, generation={"block_size": 4})
+    with pytest.raises(CheckpointError, match="exists"):
+        checkpoint.save_model(tmp_path / "m", changed)
+    assert load_bundle(tmp_path / "m").generation == bundle.generation
+    checkpoint.save_model(tmp_path / "m", changed, overwrite=True)
+    assert load_bundle(tmp_path / "m").generation == {"block_size": 4}
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_run_or_a_step_is_never_overwritten(tmp_path, bundle):
+    save_with_orbax(tmp_path / "run" / "checkpoints" / "5", bundle, train={"step": 5})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    for path in ("run", "run/checkpoints", "run/checkpoints/5", "other"):
+        with pytest.raises(CheckpointError, match="remove it yourself"):
+            checkpoint.save_model(tmp_path / path, bundle, overwrite=True)
+    assert load_bundle(tmp_path / "run/checkpoints/5").config == CONFIG
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), max_size=4).map(tuple),
+    limit=st.integers(1, 4000),
+)
+def test_chunks_cover_an_array_once_within_the_limit(shape, limit):
+    spec = ArraySpec(shape, np.dtype(np.float32))
+    chunk = checkpoint.chunk_shape(spec, limit)
+    assert math.prod(chunk) * 4 <= max(limit, 4)
+    seen = np.zeros(shape, int)
+    for box in checkpoint.boxes(shape, chunk):
+        seen[box] += 1
+    assert (seen == 1).all()
+
+
+def test_a_chunk_holds_whole_slices_of_the_leading_axes():
+    spec = ArraySpec((19, 256, 2048, 2, 512), np.dtype(np.float16))
+    assert checkpoint.chunk_shape(spec) == (1, 16, 2048, 2, 512)
