@@ -117,6 +117,8 @@ def test_streaming_gives_the_same_block_by_block(params, prompt, threshold, earl
     assert [p.done.all() for p in parts] == [False] * (len(parts) - 1) + [True]
     ends = [(len(prompt) // BLOCK + i) * BLOCK - len(prompt) for i in range(1, len(parts))]
     assert [len(p.tokens[0]) for p in parts[:-1]] == ends
+    last = len(prompt) + len(whole.tokens[0]) - 1
+    assert len(parts) == last // BLOCK - len(prompt) // BLOCK + 1
     for part in parts:
         assert part.tokens[0] == whole.tokens[0][: len(part.tokens[0])]
 
