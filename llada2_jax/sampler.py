@@ -122,7 +122,7 @@ class SamplerOptions:
     seed: of the draws; in [0, 2**32).
     stop_on_eos: end a row with its first EOS. early_stop: inside the block, see `StopOnEos`.
     fuse_commit: commit block b in the first denoising forward of block b + 1, two blocks wide,
-      instead of in a forward of its own. Measured on 2 CPU cores, a tenth faster for one row and
+      instead of in a forward of its own. Measured on 2 CPU cores, a little faster for one row and
       a fifth slower for four (whose blocks end at different times, so that most forwards are
       wide), and slower to compile; worth it where a forward costs the same at twice the width.
     cache: False recomputes the whole prefix in every forward, as the released generate does
