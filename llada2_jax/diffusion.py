@@ -147,14 +147,16 @@ def corrupt(
 def _count_draw(u, n, rank, complementary: bool):
     """(mask, weight, rate) with k masks among n; both members of the pair if complementary."""
     size = n.astype(jnp.float32)
-    safe = jnp.maximum(size, 1.0)
+
+    def member(mask, k, states):
+        k = k.astype(jnp.float32)
+        return mask, states / jnp.maximum(k, 1.0), k / jnp.maximum(size, 1.0)
+
     if not complementary:
         k = jnp.minimum(jnp.floor(u * size).astype(jnp.int32) + 1, n)
-        return [(rank < k, size / jnp.maximum(k, 1), k / safe)]
+        return [member(rank < k, k, size)]
     k = jnp.minimum(jnp.floor(u * (size + 1)).astype(jnp.int32), n)
-    first = (rank < k, (size + 1) / jnp.maximum(k, 1), k / safe)
-    second = (rank >= k, (size + 1) / jnp.maximum(n - k, 1), (n - k) / safe)
-    return [first, second]
+    return [member(rank < k, k, size + 1), member(rank >= k, n - k, size + 1)]
 
 
 def _bernoulli_draw(u, coin, cfg: NoiseConfig):

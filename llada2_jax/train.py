@@ -24,9 +24,10 @@ from ml_collections import config_flags
 from tokenizers import Tokenizer
 
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
-from llada2_jax.config import ConfigError, NoiseConfig, Phase, TrainConfig, validate
+from llada2_jax.config import ConfigError, Phase, TrainConfig, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
+from llada2_jax.evals.likelihood import validation_contexts
 from llada2_jax.hub import load_model
 from llada2_jax.hub.config import config_to_hf, special_tokens
 from llada2_jax.hub.huggingface import read_tokenizer_files
@@ -46,8 +47,6 @@ from llada2_jax.train_step import (
     reset_moments,
 )
 from llada2_jax.types import Batch, ModelConfig
-
-EVAL_SEED = 20251215  # the same validation noise in every run and phase
 
 
 class TrainingStopped(RuntimeError):
@@ -126,12 +125,6 @@ class Run:
             self.corpus.token_bytes,
         )
         return {"kind": f"{phase.name}:{objective}-{block_size}", **scores}
-
-
-def validation_contexts(block_size: int, mask_id: int, samples: int) -> list:
-    """Contexts of the validation noise: the exact bound, blocks anchored at documents."""
-    plain = TrainConfig(seed=EVAL_SEED, noise=NoiseConfig())
-    return [make_context(plain, block_size, mask_id, draw=draw) for draw in range(samples)]
 
 
 def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") -> ModelBundle:

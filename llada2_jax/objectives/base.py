@@ -62,5 +62,5 @@ def cross_entropy(
 
 def weighted(values: Array, weights: Array) -> WeightedSum:
     """Σ values·weights over Σ weights, fp32."""
-    weights = weights.astype(jnp.float32)
+    values, weights = values.astype(jnp.float32), weights.astype(jnp.float32)
     return WeightedSum((values * weights).sum(), weights.sum())

@@ -1,0 +1,1 @@
+"""Measuring models: likelihood, and later benchmark suites."""

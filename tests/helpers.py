@@ -1,0 +1,53 @@
+"""Small models and rows that tests share."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from llada2_jax.types import Batch, ModelConfig
+
+TINY = ModelConfig(
+    vocab_size=16,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=16,
+    moe_intermediate_size=8,
+    num_experts=4,
+    experts_per_token=2,
+    n_group=2,
+    topk_group=1,
+    initializer_range=0.3,
+    dtype="float32",
+)
+
+
+def make_batch(tokens, segments=None, *, document_ids=None, loss_mask=None) -> Batch:
+    """Rows with the coordinates that packing would give them; segment s is document s unless
+    document_ids says otherwise."""
+    tokens = np.asarray(tokens, np.int32)
+    segments = np.ones_like(tokens) if segments is None else np.asarray(segments, np.int32)
+    positions = np.zeros_like(tokens)
+    for r, row in enumerate(segments):
+        for i in range(1, len(row)):
+            positions[r, i] = positions[r, i - 1] + 1 if row[i] == row[i - 1] else 0
+    return Batch(
+        tokens=jnp.asarray(tokens),
+        segment_ids=jnp.asarray(segments),
+        positions=jnp.asarray(positions),
+        loss_mask=jnp.asarray(
+            np.ones_like(tokens, bool) if loss_mask is None else np.asarray(loss_mask, bool)
+        ),
+        document_ids=jnp.asarray(
+            segments if document_ids is None else np.asarray(document_ids, np.int32)
+        ),
+        document_positions=jnp.asarray(positions),
+        visits=jnp.zeros_like(jnp.asarray(tokens)),
+    )
+
+
+def config(**changes) -> ModelConfig:
+    return dataclasses.replace(TINY, **changes)
