@@ -327,6 +327,7 @@ _POSITIVE = (
     "log_every",
 )
 
+
 def _get(cfg: TrainConfig, path: str):
     for name in path.split("."):
         cfg = getattr(cfg, name)

@@ -125,9 +125,7 @@ def corrupt(
     start, end = group_bounds(group, batch.segment_ids)
     u = _group_uniform(batch, start, block_size if cfg.group == "block" else 1, cfg, seed, draw)
     draws = jnp.full_like(block, draw)
-    score = _bits(
-        seed, 1, batch.document_ids, batch.visits, draws, batch.document_positions
-    )
+    score = _bits(seed, 1, batch.document_ids, batch.visits, draws, batch.document_positions)
     count = jnp.cumsum(maskable, axis=1, dtype=jnp.int32)
     count = jnp.concatenate([jnp.zeros_like(count[:, :1]), count], axis=1)
     n = jnp.take_along_axis(count, end, 1) - jnp.take_along_axis(count, start, 1)
@@ -186,9 +184,7 @@ def embedding_noise(
             k = jax.random.fold_in(jax.random.fold_in(key, document), visit)
             return jax.random.normal(jax.random.fold_in(k, position), (size,))
 
-        draws = jax.vmap(jax.vmap(draw))(
-            batch.document_ids, batch.visits, batch.document_positions
-        )
+        draws = jax.vmap(jax.vmap(draw))(batch.document_ids, batch.visits, batch.document_positions)
         return jnp.where(noise_mask[..., None], draws * sigma, 0.0)
 
     zeros = jnp.zeros((*noise_mask.shape, size), jnp.float32)

@@ -62,7 +62,7 @@ def starting_bundle(cfg: TrainConfig) -> ModelBundle:
     if cfg.init.checkpoint:
         mask_id = cfg.init.mask_id if cfg.init.mask_id >= 0 else None
         bundle = load_model(cfg.init.checkpoint, mask_id=mask_id, **runtime)
-        return _initialise_mask(bundle, cfg)
+        return _describe(_initialise_mask(bundle, cfg), cfg)
     try:
         model = ModelConfig(**cfg.model, **runtime)
     except TypeError as error:
@@ -74,6 +74,20 @@ def starting_bundle(cfg: TrainConfig) -> ModelBundle:
     hf_config = config_to_hf(model, special, model_type="bailing_moe_v2")
     params = init_params(model, cfg.seed)
     return ModelBundle(model, params, special, tokenizer_files=files, hf_config=hf_config)
+
+
+def _describe(bundle: ModelBundle, cfg: TrainConfig) -> ModelBundle:
+    """A run that ends in block diffusion makes an LLaDA2 of its parent, and says how to decode."""
+    last = cfg.phases[-1]
+    if last.objective == "ar":
+        return bundle
+    hf_config = config_to_hf(
+        bundle.config, bundle.special, model_type="llada2_moe", base=bundle.hf_config
+    )
+    decode = {"block_size": last.block_size, "threshold": 0.95}
+    decode["add_bos"] = bundle.special.bos is not None
+    generation = bundle.generation | decode
+    return dataclasses.replace(bundle, hf_config=hf_config, generation=generation)
 
 
 def _initialise_mask(bundle: ModelBundle, cfg: TrainConfig) -> ModelBundle:
@@ -209,9 +223,7 @@ def _restore(checkpoints: TrainCheckpoints, state: TrainState) -> tuple[TrainSta
 def _loop(run: Run, first_step: int, profile: str) -> None:
     """Steps first_step .. total_steps, each logged, and now and then validated and saved."""
     cfg, logger = run.cfg, run.logger
-    rows = run.corpus.training_rows(
-        cfg.data, cfg.total_steps * cfg.data.rows_per_step, cfg.seed
-    )
+    rows = run.corpus.training_rows(cfg.data, cfg.total_steps * cfg.data.rows_per_step, cfg.seed)
     source = batches(rows, rows_per_step=cfg.data.rows_per_step, first_step=first_step)
     pending: list[tuple[int, Phase, dict]] = []
     waited, clock = 0.0, time.perf_counter()
@@ -249,7 +261,9 @@ def _phase_starts(cfg: TrainConfig, step: int) -> bool:
 def _due(cfg: TrainConfig, every_tokens: int, step: int) -> bool:
     """Whether a multiple of `every_tokens` was passed by step `step`."""
     tokens = cfg.tokens_per_step
-    return bool(every_tokens) and step * tokens // every_tokens > (step - 1) * tokens // every_tokens
+    return (
+        bool(every_tokens) and step * tokens // every_tokens > (step - 1) * tokens // every_tokens
+    )
 
 
 def _save_due(cfg: TrainConfig, step: int) -> bool:
@@ -289,10 +303,12 @@ def _validate_and_save(
     cfg = run.cfg
     scores = run.validate(phase)
     if ends and cfg.eval.rate_buckets and phase.objective != "ar":
-        norms = make_grad_norms_by_rate(
-            run.bundle.config, phase.objective, cfg.eval.rate_buckets
-        )(run.state, _first_micro_batch(batch, cfg.optimizer.accumulate), context)
-        run.logger.write(step, "grad_norm_by_rate", phase.name, {"norms": [float(n) for n in norms]})
+        norms = make_grad_norms_by_rate(run.bundle.config, phase.objective, cfg.eval.rate_buckets)(
+            run.state, _first_micro_batch(batch, cfg.optimizer.accumulate), context
+        )
+        run.logger.write(
+            step, "grad_norm_by_rate", phase.name, {"norms": [float(n) for n in norms]}
+        )
     run.logger.write(step, "validation", phase.name, scores | {"block_size": phase.block_size})
     run.logger.say(
         f"step {step:>6}  {phase.name:<12} validation {scores['bits_per_byte']:.4f} "
@@ -309,9 +325,7 @@ def _validate_and_save(
     }
     provenance = {"run": cfg.workdir, "step": step, "phase": phase.name}
     bundle = dataclasses.replace(run.bundle, provenance=provenance)
-    run.checkpoints.save(
-        step, bundle, run.state.model_params, _counters(run.state), train_item
-    )
+    run.checkpoints.save(step, bundle, run.state.model_params, _counters(run.state), train_item)
 
 
 def _first_micro_batch(batch: Batch, accumulate: int) -> Batch:

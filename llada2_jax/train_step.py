@@ -108,9 +108,7 @@ def accumulated(
             return jax.tree.map(jnp.add, carry, (grads, dataclasses.replace(output, nll=None))), ()
 
         grads, output = one(first, context)
-        (grads, output), _ = jax.lax.scan(
-            add, (grads, dataclasses.replace(output, nll=None)), rest
-        )
+        (grads, output), _ = jax.lax.scan(add, (grads, dataclasses.replace(output, nll=None)), rest)
     weight = jnp.maximum(output.loss.weight, 1.0)
     return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), output
 
@@ -206,9 +204,7 @@ def make_grad_norms_by_rate(
 
     @jax.jit
     def norm(state: TrainState, batch: Batch, context: Context):
-        grads, _ = accumulated(
-            objective, model_cfg, state.params, state.buffers, batch, context, 1
-        )
+        grads, _ = accumulated(objective, model_cfg, state.params, state.buffers, batch, context, 1)
         return optax.tree.norm(grads)
 
     def norms(state, batch, context):

@@ -36,14 +36,10 @@ class Corpus:
             random_length_fraction=cfg.random_length_fraction,
         )
 
-    def validation_batches(
-        self, row_length: int, num_rows: int, rows_per_step: int
-    ) -> list[Batch]:
+    def validation_batches(self, row_length: int, num_rows: int, rows_per_step: int) -> list[Batch]:
         """Fixed rows for scoring. The first token of each segment is not scored: an autoregressive
         model has nothing to predict it from, and both kinds of model answer for the same bytes."""
-        rows = PackedRows(
-            self.validation, row_length, 1, 0, self.special.bos, shuffle=False
-        )
+        rows = PackedRows(self.validation, row_length, 1, 0, self.special.bos, shuffle=False)
         return [
             dataclasses.replace(b, loss_mask=b.loss_mask & (b.positions > 0))
             for b in validation_batches(rows, num_rows=num_rows, rows_per_step=rows_per_step)
@@ -53,9 +49,7 @@ class Corpus:
 def load_corpus(cfg: DataConfig, tokenizer: Tokenizer, special: SpecialTokens) -> Corpus:
     """Reads and tokenizes the configured source (a pass over tens of MB takes some seconds)."""
     splits = {
-        split: tokenize(
-            documents(cfg.source, split), tokenizer, eos=special.eos, bos=special.bos
-        )
+        split: tokenize(documents(cfg.source, split), tokenizer, eos=special.eos, bos=special.bos)
         for split in ("train", "validation")
     }
     return Corpus(**splits, token_bytes=token_byte_lengths(tokenizer), special=special)

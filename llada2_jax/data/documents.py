@@ -26,7 +26,7 @@ def stable_hash(text: str) -> int:
 
 
 def split_of(name: str) -> str:
-    """"train" or "validation", by the hash of the name alone."""
+    """ "train" or "validation", by the hash of the name alone."""
     return "validation" if stable_hash("split:" + name) % 100 < VALIDATION_PERCENT else "train"
 
 

@@ -51,9 +51,7 @@ class Objective(Protocol):
     def __call__(self, model: Transformer, batch: Batch, context: Context) -> LossOutput: ...
 
 
-def cross_entropy(
-    logits: Float[Array, "B L V"], targets: Int[Array, "B L"]
-) -> Float[Array, "B L"]:
+def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, "B L"]:
     """−log p(target) in fp32."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

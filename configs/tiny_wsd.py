@@ -1,0 +1,36 @@
+"""The quickstart's conversion: Warmup-Stable-Decay on the 4.3M-parameter parent.
+
+    llada2 train --config=configs/tiny_wsd.py --workdir=runs/my_conversion
+
+Block sizes 1 -> 4 -> 32 -> 64 -> row length -> 64 -> 32, as the paper's 1 -> 4 -> 32 -> 64 -> 4096 -> ... -> 32;
+tokens of each stage, the learning rate and the embedding noise are ours (the paper prints none of
+them). What it gave is in docs/quickstart-long/.
+"""
+
+from llada2_jax.assets import TINY_AR
+from llada2_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.workdir = "runs/tiny_wsd"
+    config.init.checkpoint = str(TINY_AR)
+    config.data.row_length = 256
+    config.data.rows_per_step = 16
+    config.schedule.warmup_blocks = (1, 4, 32, 64)
+    config.schedule.warmup_tokens = 800_000
+    config.schedule.stable_tokens = 1_200_000
+    config.schedule.decay_blocks = (64, 32)
+    config.schedule.decay_tokens = 1_200_000
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.decay_fraction = 0.4
+    config.optimizer.final_fraction = 0.05
+    config.optimizer.expert_bias_rate = 1e-3
+    config.embedding_noise.sigma = 0.05
+    config.embedding_noise.tokens = 200_000
+    config.eval.rows = 128
+    config.eval.every_tokens = 200_000
+    config.checkpoint.every_tokens = 100_000
+    config.checkpoint.keep_best = 4
+    return config
