@@ -165,11 +165,14 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     workdir = Path(cfg.workdir)
     bundle = starting_bundle(cfg)
     _record_config(workdir, cfg)
-    if corpus is None:
-        tokenizer = Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
-        corpus = load_corpus(cfg.data, tokenizer, bundle.special)
     rows = cfg.data.rows_per_step // cfg.optimizer.accumulate
-    validation = corpus.validation_batches(cfg.data.row_length, cfg.eval.rows, rows)
+    try:
+        if corpus is None:
+            tokenizer = Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
+            corpus = load_corpus(cfg.data, tokenizer, bundle.special)
+        validation = corpus.validation_batches(cfg.data.row_length, cfg.eval.rows, rows)
+    except ValueError as error:  # a source that is not there, or too few rows to validate on
+        raise ConfigError(f"config: {error}") from error
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint)
     state, first_step = init_state(cfg, bundle.params), 0
     if checkpoints.latest is not None:
@@ -340,10 +343,25 @@ def _profile(folder: str, step: int, *, first: int = 5, steps: int = 10) -> None
         jax.profiler.stop_trace()
 
 
+# What a user can put right; OSError and AttributeError are how ml_collections says that a config
+# file, or a field of it, does not exist.
+_MISTAKES = (
+    ConfigError,
+    CheckpointError,
+    TrainingStopped,
+    flags.Error,
+    AttributeError,
+    OSError,
+)
+
+
 def main(argv: list[str]) -> int:
     """`llada2 train`."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", help_string=_HELP, flag_values=values)
+    arguments = ["llada2 train", *argv]  # not sys.argv, which is another caller's
+    config_flags.DEFINE_config_file(
+        "config", help_string=_HELP, flag_values=values, sys_argv=arguments
+    )
     flags.DEFINE_string("workdir", "", "overrides config.workdir", flag_values=values)
     flags.DEFINE_string("profile", "", "folder for a trace of ten warm steps", flag_values=values)
     flags.DEFINE_boolean("print_config", False, "print the config and stop", flag_values=values)
@@ -351,7 +369,7 @@ def main(argv: list[str]) -> int:
         print(_HELP)
         return 0 if argv else 2
     try:
-        values(["llada2 train", *argv])
+        values(arguments)
         if values.config is None:
             raise ConfigError("--config is missing: name a file of configs/")
         if values.workdir:
@@ -360,7 +378,7 @@ def main(argv: list[str]) -> int:
             print(values.config)
             return 0
         train(validate(values.config), profile=values.profile)
-    except (ConfigError, CheckpointError, TrainingStopped, flags.Error, AttributeError) as error:
+    except _MISTAKES as error:
         print(f"llada2 train: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,0 +1,232 @@
+"""`llada2 score`: how many bits a model needs for texts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llada2_jax.checkpoint import CheckpointError
+from llada2_jax.evals.likelihood import Likelihood, score_texts
+from llada2_jax.hub import load_model
+
+_EXAMPLES = """\
+examples:
+  llada2 score --checkpoint runs/quickstart/model --file setup.py --file README.md
+  llada2 score --checkpoint DIR --text 'import os' --block-size 1     (exact: no sampling)
+  llada2 score --checkpoint DIR --prompts-file texts.jsonl --samples 32 --json
+  cat module.py | llada2 score --checkpoint DIR
+  llada2 score --checkpoint AR_DIR --objective ar --file setup.py
+
+For --objective bdlm the figure is an upper bound on -log p, estimated from --samples random masks a
+row; +- is the standard error of that estimate. It is exact at block size 1, and for --objective ar.
+Bounds at different block sizes are different numbers: compare models at the same one. A text
+longer than a row is scored in rows that do not see each other.
+"""
+
+
+class ScoreError(ValueError):
+    """A request that cannot be scored; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """A text, what to call it, and the other fields of its line."""
+
+    name: str
+    text: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns the exit status: 0, or 2 for what the user can put right."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except (ScoreError, CheckpointError, OSError) as error:
+        print(f"llada2 score: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llada2 score",
+        description="Bits per byte of texts, with the standard error of the estimate.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a checkpoint or Hugging Face folder"
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", action="append", metavar="T", help="a text; repeat it for more")
+    source.add_argument("--file", action="append", metavar="F", help="a UTF-8 file; repeatable")
+    source.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help='JSONL, one {"text": "..."} a line ("-": stdin); with --json the other fields of a '
+        "line are passed on. Without a source, stdin is one text",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=("bdlm", "ar"),
+        default="bdlm",
+        help="the block-diffusion bound (default), or left to right for an autoregressive model",
+    )
+    parser.add_argument(
+        "--block-size", type=int, help="tokens a block (the checkpoint's, else 32); not for ar"
+    )
+    parser.add_argument(
+        "--samples", type=int, help="random masks a row (8; 1 where the result is exact)"
+    )
+    parser.add_argument("--row-length", type=int, default=256, help="longest context (256)")
+    parser.add_argument("--json", action="store_true", help="JSONL, the last line the total")
+    parser.add_argument("--dtype", help="of activations, e.g. float32 (the checkpoint's)")
+    parser.add_argument("--mask-id", type=int, help="for folders whose files do not say")
+    parser.add_argument("--eos-id", type=int, help="for folders whose files do not say")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    _check(args)
+    items = _items(args)
+    overrides = {} if args.dtype is None else {"dtype": args.dtype}
+    bundle = load_model(args.checkpoint, mask_id=args.mask_id, eos_id=args.eos_id, **overrides)
+    block_size = args.block_size or int(bundle.generation.get("block_size", 32))
+    exact = args.objective == "ar" or block_size == 1
+    samples = 1 if exact else args.samples or 8
+    try:
+        scores = score_texts(
+            bundle,
+            [item.text for item in items],
+            block_size=block_size,
+            samples=samples,
+            row_length=args.row_length,
+            objective=args.objective,
+        )
+    except ValueError as error:
+        raise ScoreError(error) from None
+    how = {"objective": args.objective, "samples": samples}
+    if args.objective == "bdlm":
+        how["block_size"] = block_size
+    _write(items, scores, how, sampled=not exact, as_json=args.json)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("block_size", 1), ("samples", 1), ("row_length", 2)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ScoreError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if args.objective == "ar" and args.block_size is not None:
+        raise ScoreError("--block-size has no meaning for --objective ar: leave it out")
+
+
+# ------------------------------------------------------------------------------------- input
+
+
+def _items(args: argparse.Namespace) -> list[_Item]:
+    if args.text is not None:
+        items = [_Item(f"text {i}", text) for i, text in enumerate(args.text, start=1)]
+    elif args.file is not None:
+        items = [_Item(name, _read(Path(name))) for name in args.file]
+    elif args.prompts_file is not None:
+        stdin = args.prompts_file == "-"
+        text = sys.stdin.read() if stdin else _read(Path(args.prompts_file))
+        items = _parse_lines(text, "stdin" if stdin else args.prompts_file)
+    else:
+        if sys.stdin.isatty():
+            print("Reading the text from the terminal; end it with Ctrl-D.", file=sys.stderr)
+        items = [_Item("stdin", sys.stdin.read())]
+    for item in items:
+        if not item.text:
+            raise ScoreError(f"{item.name} is empty: there is nothing to score")
+    return items
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")  # bytes count: line ends stay what they are
+    except UnicodeDecodeError as error:
+        raise ScoreError(f"{path}: not UTF-8 at byte {error.start}: convert the file") from None
+
+
+def _parse_lines(text: str, name: str) -> list[_Item]:
+    """The texts of a JSONL text; blank lines are skipped. Raises: ScoreError with the line."""
+    items = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ScoreError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise ScoreError(f'{where}: it needs an object such as {{"text": "..."}}')
+        items.append(_Item(where, value.pop("text"), value))
+    if not items:
+        raise ScoreError(f'{name}: no texts: it needs a line such as {{"text": "..."}}')
+    return items
+
+
+# ------------------------------------------------------------------------------------ output
+
+
+def total(scores: Sequence[Likelihood]) -> Likelihood:
+    """All texts as one; their Monte Carlo errors are independent."""
+    return Likelihood(
+        nats=sum(s.nats for s in scores),
+        nats_stderr=float(np.sqrt(sum(s.nats_stderr**2 for s in scores))),
+        tokens=sum(s.tokens for s in scores),
+        bytes=sum(s.bytes for s in scores),
+    )
+
+
+def _record(score: Likelihood, *, sampled: bool) -> dict[str, Any]:
+    """The figures of a text. An error that cannot be told (one sample) is null."""
+    known = not sampled or score.nats_stderr > 0
+    return {
+        "bits_per_byte": score.bits_per_byte,
+        "bits_per_byte_stderr": score.bits_per_byte_stderr if known else None,
+        "nats": score.nats,
+        "nats_stderr": score.nats_stderr if known else None,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+    }
+
+
+def _write(
+    items: Sequence[_Item],
+    scores: Sequence[Likelihood],
+    how: dict[str, Any],
+    *,
+    sampled: bool,
+    as_json: bool,
+) -> None:
+    sampled = sampled and how["samples"] == 1  # only then does a zero mean that nobody knows
+    if as_json:
+        for item, score in zip(items, scores, strict=True):
+            record = {"name": item.name} | _record(score, sampled=sampled) | how
+            print(json.dumps(item.fields | record, ensure_ascii=False))
+        print(json.dumps({"name": "total"} | _record(total(scores), sampled=sampled) | how))
+        return
+    what = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in how.items())
+    print(what, file=sys.stderr)
+    names = [*(item.name for item in items), "total"]
+    width = max(map(len, names))
+    print(f"{'':<{width}}  {'bits/byte':>9}  {'±':>7}  {'nats':>12}  {'±':>9}  tokens    bytes")
+    for name, score in zip(names, [*scores, total(scores)], strict=True):
+        errors = [f"{score.bits_per_byte_stderr:.4f}", f"{score.nats_stderr:.2f}"]
+        if sampled:
+            errors = ["?", "?"]
+        print(
+            f"{name:<{width}}  {score.bits_per_byte:9.4f}  {errors[0]:>7}  {score.nats:12.2f}  "
+            f"{errors[1]:>9}  {score.tokens:6d}  {score.bytes:7d}"
+        )

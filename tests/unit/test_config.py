@@ -1,0 +1,231 @@
+"""Configs: what is declared is used, and everything else is an error that names it."""
+
+from pathlib import Path
+
+import pytest
+
+from llada2_jax import cli
+from llada2_jax.config import (
+    ConfigError,
+    Phase,
+    ScheduleConfig,
+    default_config,
+    load_config,
+    model_dict,
+    validate,
+)
+from llada2_jax.schedules import embedding_noise_sigma
+from tests.helpers import TINY
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def make(**fields):
+    """The smallest config that can be run, with changes such as `data__row_length=3`."""
+    config = default_config()
+    config.workdir = "runs/x"
+    config.data.row_length = 32
+    config.schedule.ar_tokens = 1000
+    with config.unlocked():
+        config.model = {k: v for k, v in model_dict(TINY).items() if v is not None}
+        for name, value in fields.items():
+            *groups, field = name.split("__")
+            part = config
+            for group in groups:
+                part = part[group]
+            del part[field]
+            part[field] = value
+    return config
+
+
+def test_the_smallest_config_is_valid():
+    cfg = validate(make())
+    assert cfg.phases == (Phase("ar", "ar", 1, 1000),)
+    assert cfg.tokens_per_step == 32 * 16 and cfg.total_steps == 2  # rounded up to whole steps
+
+
+def test_a_default_config_is_locked():
+    with pytest.raises(AttributeError, match="learning_rat"):
+        default_config().optimizer.learning_rat = 1.0
+
+
+@pytest.mark.parametrize("place", ["", "optimizer", "data", "noise"])
+def test_an_unknown_field_is_named(place):
+    config = make()
+    with config.unlocked():
+        (config[place] if place else config).surprise = 1
+    where = f"config.{place}" if place else "config"
+    with pytest.raises(ConfigError, match=rf"^{where}\.surprise is not a field; {where} has: "):
+        validate(config)
+
+
+WRONG = {
+    "seed": ("zero", r"config\.seed='zero' must be of type int"),
+    "data__document_mask": (1, r"config\.data\.document_mask=1 must be of type bool"),
+    "data__row_length": (32.0, r"config\.data\.row_length=32\.0 must be of type int"),
+    "optimizer__learning_rate": ("1", r"learning_rate='1' must be of type float"),
+    "schedule__warmup_blocks": ((1, "4"), r"warmup_blocks\[1\]='4' must be of type int"),
+    "noise": (3, r"config\.noise=3 must be a group of fields"),
+    "noise__group": ("word", r"config\.noise\.group='word': choose one of"),
+    "data__block_anchor": ("page", r"config\.data\.block_anchor='page': choose one of"),
+    "runtime__dtype": ("float16", r"config\.runtime\.dtype='float16': choose one of"),
+    "data__rows_per_step": (0, r"config\.data\.rows_per_step=0 must be positive"),
+    "log_every": (-1, r"config\.log_every=-1 must be positive"),
+    "workdir": ("", r"config\.workdir is empty"),
+    "schedule__ar_tokens": (0, r"config\.schedule has no stage with tokens"),
+    "optimizer__accumulate": (3, r"rows_per_step=16 is not a multiple of"),
+    "noise__t_min": (0.3, r"t_min and t_max belong to draw='bernoulli'"),
+    "schedule__warmup_tokens": (8, r"warmup_tokens=8, but config\.schedule\.warmup_blocks is e"),
+    "schedule__decay_blocks": ((4,), r"decay_blocks=\(4,\), but config\.schedule\.decay_tokens"),
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_wrong_value_is_named(field):
+    value, message = WRONG[field]
+    with pytest.raises(ConfigError, match=message):
+        validate(make(**{field: value}))
+
+
+@pytest.mark.parametrize("stage", ["warmup", "decay"])
+@pytest.mark.parametrize("block", [0, 5, 64])
+def test_a_block_must_divide_the_row(stage, block):
+    fields = {f"schedule__{stage}_blocks": (4, block), f"schedule__{stage}_tokens": 100}
+    message = rf"{stage}_blocks: {block} must divide config\.data\.row_length=32"
+    with pytest.raises(ConfigError, match=message):
+        validate(make(**fields))
+
+
+def test_a_range_of_rates():
+    fields = {"noise__draw": "bernoulli", "noise__t_min": 0.3, "noise__t_max": 0.8}
+    assert validate(make(**fields)).noise.t_max == 0.8
+    with pytest.raises(ConfigError, match="0 <= t_min < t_max <= 1, got 0.9, 0.8"):
+        validate(make(**fields | {"noise__t_min": 0.9}))
+
+
+def test_exactly_one_of_checkpoint_and_model():
+    message = r"exactly one of config\.init\.checkpoint .* and config\.model"
+    with pytest.raises(ConfigError, match=message):
+        validate(make(init__checkpoint="somewhere"))
+    with pytest.raises(ConfigError, match=message):
+        validate(make(model={}))
+    assert validate(make(model={}, init__checkpoint="somewhere")).model == {}
+
+
+def test_an_integer_will_do_for_a_float():
+    rate = validate(make(optimizer__weight_decay=0)).optimizer.weight_decay
+    assert rate == 0.0 and isinstance(rate, float)
+
+
+# ----------------------------------------------------------------------------------- schedule
+
+WSD = ScheduleConfig(
+    ar_tokens=100,
+    warmup_blocks=(1, 4, 32),
+    warmup_tokens=300,
+    stable_tokens=400,
+    decay_blocks=(8, 4),
+    decay_tokens=200,
+)
+
+
+def test_warmup_stable_decay():
+    assert WSD.phases(32) == (
+        Phase("ar", "ar", 1, 100),
+        Phase("warmup-1", "bdlm", 1, 100),
+        Phase("warmup-4", "bdlm", 4, 100),
+        Phase("warmup-32", "mdlm", 32, 100),  # one block a row needs no clean half
+        Phase("stable-32", "mdlm", 32, 400),
+        Phase("decay-8", "bdlm", 8, 100),
+        Phase("decay-4", "bdlm", 4, 100),
+    )
+
+
+def test_arms_of_a_comparison_cost_the_same():
+    """Direct switch, abrupt and stepwise decay, scaled to one budget."""
+    stable = {"stable_tokens": 400, "total_tokens": 5000}
+    direct = ScheduleConfig(**stable)
+    abrupt = ScheduleConfig(**stable, decay_blocks=(4,), decay_tokens=200)
+    stepwise = ScheduleConfig(**stable, decay_blocks=(16, 4), decay_tokens=200)
+    assert [p.name for p in direct.phases(32)] == ["stable-32"]
+    assert [p.name for p in abrupt.phases(32)] == ["stable-32", "decay-4"]
+    assert [p.name for p in stepwise.phases(32)] == ["stable-32", "decay-16", "decay-4"]
+    for arm in (direct, abrupt, stepwise):
+        assert sum(p.tokens for p in arm.phases(32)) == pytest.approx(5000, abs=2)
+    tokens = {p.name: p.tokens for p in abrupt.phases(32)}
+    assert tokens["stable-32"] == pytest.approx(2 * tokens["decay-4"], abs=2)
+
+
+def test_phases_follow_each_other_step_by_step():
+    fields = {
+        "data__rows_per_step": 1,
+        "schedule__ar_tokens": 40,  # two steps of 32
+        "schedule__stable_tokens": 64,
+        "schedule__decay_blocks": (4,),
+        "schedule__decay_tokens": 32,
+        "embedding_noise__sigma": 0.5,
+        "embedding_noise__tokens": 64,
+    }
+    cfg = validate(make(**fields))
+    names = [cfg.phase_at(step)[1].name for step in range(cfg.total_steps + 2)]
+    assert names == ["ar", "ar", "stable-32", "stable-32", "decay-4", "decay-4", "decay-4"]
+    assert [cfg.phase_at(step)[0] for step in (0, 2, 4)] == [0, 1, 2]
+    sigmas = [embedding_noise_sigma(cfg, step) for step in range(5)]
+    assert sigmas == [0.0, 0.0, 0.5, 0.25, 0.0]
+
+
+# --------------------------------------------------------------------------------- the command
+
+
+# ml_collections loads config files in a way that Python 3.12 deprecates.
+load_module = pytest.mark.filterwarnings(
+    r"ignore:the load_module\(\) method is deprecated:DeprecationWarning"
+)
+
+
+@load_module
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--config.optimizer.learning_rat=1", "learning_rat"),
+        ("--config.surprise=1", "surprise"),
+        ("--config.model.surprise=1", "surprise"),
+        ("--surprise=1", "surprise"),
+        ("--config.seed=abc", "seed"),
+        ("--config.noise.group=word", "config.noise.group='word'"),
+    ],
+)
+def test_the_command_names_a_wrong_override(argument, named, tmp_path, capsys):
+    file = f"--config={ROOT / 'configs' / 'tiny_ar.py'}"
+    assert cli.main(["train", file, f"--workdir={tmp_path / 'run'}", argument]) != 0
+    error = capsys.readouterr().err
+    assert error.startswith("llada2 train: ") and named in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@load_module
+@pytest.mark.parametrize("argv", [[], ["--config=/nowhere/config.py"], ["--workdir=x"]])
+def test_the_command_says_what_config_it_needs(argv, capsys):
+    assert cli.main(["train", *argv]) != 0
+    output = capsys.readouterr()
+    assert "config" in output.out + output.err and "Traceback" not in output.err
+
+
+def test_help_has_examples(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    assert "llada2 train --config=configs/" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- shipped files
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    config = load_config(path)
+    if "schedule" not in config:
+        pytest.skip("not a training config")
+    if not config.init.checkpoint:
+        config.data.tokenizer = "a folder"
+    cfg = validate(config)
+    assert cfg.total_steps > 0 and cfg.workdir.startswith("runs/")
