@@ -1,6 +1,7 @@
 """Objectives against brute force on a vocabulary small enough to enumerate."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -34,6 +35,7 @@ def context(block_size, noise=None, **changes):
     return make_context(cfg, block_size, MASK)
 
 
+@functools.partial(jax.jit, static_argnames="block_size")
 def token_nll(params, batch, mask, block_size):
     """−log p of every token with the given positions masked."""
     block = block_index(batch.positions, block_size, "document")
@@ -173,8 +175,9 @@ def test_gradient_does_not_depend_on_accumulation(params, objective):
     batch = make_batch(rng.integers(0, 14, (8, LENGTH)), segments)
     cfg = TrainConfig(optimizer=OptimizerConfig())
     state = init_state(cfg, params)
+    gradient = jax.jit(accumulated, static_argnums=(0, 1, 6))
     grads = [
-        accumulated(objective, TINY, state.params, state.buffers, batch, context(LENGTH), n)[0]
+        gradient(objective, TINY, state.params, state.buffers, batch, context(LENGTH), n)[0]
         for n in (1, 4)
     ]
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
