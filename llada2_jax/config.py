@@ -1,7 +1,7 @@
 """Configuration: dataclasses declare every field once; ConfigDicts are made from them.
 
-A config file (configs/*.py) returns `default_config()` with changes. `validate` turns it into frozen
-dataclasses: a field that nothing declares is an error that names it, and so nothing is ignored.
+A config file (configs/*.py) returns `default_config()` with changes. `validate` turns it into
+frozen dataclasses: a field that nothing declares is an error that names it, and so nothing is ignored.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class OptimizerConfig:
     warmup_fraction, decay_fraction: shares of all steps; the decay is linear to
     final_fraction · learning_rate. accumulate: micro-batches a step. reset_each_phase: forget the
     moments when a phase begins. expert_bias_rate: step of the auxiliary-loss-free load balancing
-    (Ling's pretraining: 1e-3; not published for the conversion; 0: the bias stays). max_consecutive_skips: steps with a non-finite loss or gradient
+    (Ling's pretraining: 1e-3; not published for the conversion; 0: the bias stays).
+    max_consecutive_skips: steps with a non-finite loss or gradient
     are skipped; this many in a row end the run."""
 
     learning_rate: float = 1e-3

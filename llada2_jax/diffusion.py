@@ -6,7 +6,7 @@ alone, and so does packing, as long as blocks are anchored at documents that are
 
 What is estimated
 -----------------
-With the linear schedule α_t = 1 − t the bound of a block of n tokens (eq. 1, with its weight 1/t) is
+With the linear schedule α_t = 1 − t the bound of a block of n tokens (eq. 1, weight 1/t) is
 
     ∫₀¹ E[ 1/t · Σ_masked CE ] dt  =  Σ_{k=1..n} 1/n · E_{|masked| = k}[ n/k · Σ_masked CE ] .
 

@@ -288,8 +288,10 @@ def _trajectory(done: Completion, tokenizer: Tokenizer, threshold: float) -> dic
 
 
 def _measure_speed(results, report: ReportConfig, corpus: Corpus, merged, run_dir: Path) -> None:
-    """Cached against recomputed prefix, compile count, and the share of a step outside the model."""
-    engine = Engine(merged)
+    """Cached against recomputed prefix, compile count, and the wait for input."""
+    # fp32, so that both ways must give the same tokens, not only nearly the same logits.
+    config = dataclasses.replace(merged.config, dtype="float32")
+    engine = Engine(dataclasses.replace(merged, config=config))
     prompt = held_out_prompts("stdlib", tokenizer_of(merged), 1, 32, 64)[0][1]
     options = {"max_new_tokens": report.speed_tokens, "stop_on_eos": False, "threshold": 0.9}
     before = compile_count()

@@ -246,7 +246,7 @@ def _generation_section(results) -> str:
 
 def _speed_section(results) -> str:
     s = results["speed"]
-    same = "the same tokens" if s["same_tokens"] else "tokens that differ by bf16 rounding"
+    same = "fp32, the same tokens" if s["same_tokens"] else "fp32, BUT THE TOKENS DIFFER"
     return (
         "## Speed, as ratios within this run\n\n"
         f"- {s['new_tokens']} new tokens: recomputing the prefix takes "

@@ -119,7 +119,7 @@ def make_train_step(
     """The jitted step of one objective; the state is donated.
 
     A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were
-    and is counted. Metrics are device scalars: fetching them is the caller's choice of when to wait.
+    and is counted. Metrics are device scalars: the caller chooses when to wait.
     """
     optimizer = make_optimizer(cfg)
 

@@ -68,7 +68,7 @@ def swiglu(gate_up: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
 
 
 def rotary_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
-    """Inverse frequencies, fp32 [rotary_dim / 2], and the factor on cos and sin (1 without YaRN)."""
+    """Inverse frequencies, fp32 [rotary_dim / 2], and the factor on cos and sin."""
     dim = cfg.rotary_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequencies = (1.0 / np.float32(cfg.rope_theta) ** exponents).astype(np.float32)

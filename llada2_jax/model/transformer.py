@@ -55,6 +55,11 @@ def _stack(cfg: ModelConfig, rngs: nnx.Rngs, count: int, *, moe: bool) -> Layer:
     return create(rngs)
 
 
+def _layers_of(cache: KVCache, first: int, count: int) -> KVCache:
+    """The cache of `count` layers from `first` on."""
+    return jax.tree.map(lambda a: a[first : first + count], cache)
+
+
 _REMAT = {
     "none": lambda body: body,
     "full": lambda body: jax.checkpoint(body, prevent_cse=False),
@@ -107,7 +112,7 @@ class Transformer(nnx.Module):
         rotary = rotary_tables(self.cfg, positions)
         kvs, loads, first = [], [], 0
         for stack, count in self._stacks():
-            part = None if cache is None else jax.tree.map(lambda a: a[first:][:count], cache)
+            part = None if cache is None else _layers_of(cache, first, count)
             x, kv, load = self._scan(stack, x, rotary, layout, part, cache_layout, return_kv)
             kvs.append(kv)
             loads.append(load)

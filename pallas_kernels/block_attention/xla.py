@@ -27,7 +27,7 @@ def attend_xla(
 
     Args:
       q: queries, laid out as `queries`.
-      parts: (keys, values, layout) in any number; keys and values [batch, keys, kv_heads, head_dim].
+      parts: (keys, values, layout), any number of [batch, keys, kv_heads, head_dim] pairs.
     """
     parts = [single for part in parts for single in _spans(*part)]
     outputs, start = [], 0
