@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from pathlib import Path
 
 # command -> (module with a main(argv), what it does); imported only when called, so that
 # `llada2 --help` answers at once.
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"llada2: no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    # What was compiled once is read from disk the next time; jax reads this when it is imported.
+    cache = Path.home() / ".cache" / "llada2_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
 
 
