@@ -3,8 +3,8 @@
     llada2 train --config=configs/tiny_wsd.py --workdir=runs/my_conversion
 
 Block sizes 1 -> 4 -> 32 -> 64 -> row length -> 64 -> 32, after the paper's 1 -> 4 -> 32 -> 64 ->
-4096 -> ... -> 32; tokens of each stage, the learning rate and the embedding noise are ours (the paper prints none of
-them). What it gave is in docs/quickstart-long/.
+4096 -> ... -> 32; tokens of each stage, the learning rate and the embedding noise are ours (the
+paper prints none of them). What it gave is in docs/quickstart-long/.
 """
 
 from llada2_jax.assets import TINY_AR

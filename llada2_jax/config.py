@@ -1,7 +1,8 @@
 """Configuration: dataclasses declare every field once; ConfigDicts are made from them.
 
 A config file (configs/*.py) returns `default_config()` with changes. `validate` turns it into
-frozen dataclasses: a field that nothing declares is an error that names it, and so nothing is ignored.
+frozen dataclasses: a field that nothing declares is an error that names it, and so nothing is
+ignored.
 """
 
 from __future__ import annotations
@@ -329,10 +330,11 @@ _POSITIVE = (
 )
 
 
-def _get(cfg: TrainConfig, path: str):
+def _get(cfg: TrainConfig, path: str) -> Any:
+    value = cfg
     for name in path.split("."):
-        cfg = getattr(cfg, name)
-    return cfg
+        value = getattr(value, name)
+    return value
 
 
 def _require(condition: bool, message: str) -> None:

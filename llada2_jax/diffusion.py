@@ -40,7 +40,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from llada2_jax.config import NoiseConfig
 from llada2_jax.types import Batch
-from pallas_kernels.block_layout import group_bounds
+from pallas_kernels.block_layout import HostOrDevice, Scalar, group_bounds
 
 _GOLDEN = 2654435769  # 2³² / golden ratio: consecutive multiples fill the circle evenly
 
@@ -57,7 +57,7 @@ class Noised:
     rate: Float[Array, "B L"]
 
 
-def _bits(seed: int, purpose: int, *coordinates: Int[Array, "B L"]) -> UInt[Array, "B L"]:
+def _bits(seed: int, purpose: int, *coordinates: Int[HostOrDevice, "B L"]) -> UInt[Array, "B L"]:
     """32 random bits for each point; equal coordinates give equal bits on any device."""
     key = jax.random.fold_in(jax.random.key(seed), purpose)
 
@@ -75,7 +75,7 @@ def _unit(bits: UInt[Array, "B L"]) -> Float[Array, "B L"]:
     return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
-def _group_uniform(batch: Batch, start, block_size, cfg: NoiseConfig, seed: int, draw: int):
+def _group_uniform(batch: Batch, start, block_size, cfg: NoiseConfig, seed: int, draw):
     """One uniform number a group, equal for all its tokens.
 
     With low discrepancy the blocks of a document step around the circle by the golden ratio from
@@ -105,12 +105,12 @@ def _ranks(score: UInt[Array, "B L"], start, maskable):
 def corrupt(
     batch: Batch,
     block: Int[Array, "B L"],
-    block_size: Int[Array, ""],
+    block_size: Int[Scalar, ""],
     cfg: NoiseConfig,
     *,
     mask_id: int,
     seed: int,
-    draw: int = 0,
+    draw: int | Int[Scalar, ""] = 0,
 ) -> list[Noised]:
     """Noise for a batch: one Noised, or the two of a complementary pair.
 
@@ -118,7 +118,7 @@ def corrupt(
       batch: clean rows; only tokens in loss_mask and in a document are ever noised.
       block: block of every token (`block_layout.block_index`).
       block_size: int32 scalar, may be traced.
-      draw: number of the Monte Carlo sample, for estimates from several.
+      draw: number of the Monte Carlo sample, for estimates from several; may be traced.
     """
     maskable = batch.loss_mask & (batch.segment_ids > 0)
     group = block if cfg.group == "block" else jnp.zeros_like(block)
@@ -168,7 +168,7 @@ def _bernoulli_draw(u, coin, cfg: NoiseConfig):
 
 
 def embedding_noise(
-    batch: Batch, noise_mask: Bool[Array, "B L"], size: int, sigma: Float[Array, ""], seed: int
+    batch: Batch, noise_mask: Bool[Array, "B L"], size: int, sigma: Float[Scalar, ""], seed: int
 ) -> Float[Array, "B L D"]:
     """Independent Gaussian noise of scale sigma for the embedding at masked positions (§7.1).
 

@@ -175,8 +175,9 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         raise ConfigError(f"config: {error}") from error
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint)
     state, first_step = init_state(cfg, bundle.params), 0
-    if checkpoints.latest is not None:
-        state, first_step = _restore(checkpoints, state)
+    latest = checkpoints.latest
+    if latest is not None:
+        state, first_step = _restore(checkpoints, latest, state)
     logger = MetricLogger(
         workdir,
         total_steps=cfg.total_steps,
@@ -215,12 +216,11 @@ def _counters(state: TrainState) -> tuple:
     return state.opt_state, state.step, state.skipped_in_a_row, state.skipped
 
 
-def _restore(checkpoints: TrainCheckpoints, state: TrainState) -> tuple[TrainState, int]:
-    step = checkpoints.latest
+def _restore(checkpoints: TrainCheckpoints, step: int, state: TrainState) -> tuple[TrainState, int]:
     params, counters, train = checkpoints.restore(step, state.model_params, _counters(state))
     trained, buffers = nnx.split_state(params, nnx.Param, ...)
-    opt_state, step, in_a_row, skipped = counters
-    return TrainState(step, trained, buffers, opt_state, in_a_row, skipped), train["step"]
+    opt_state, taken, in_a_row, skipped = counters
+    return TrainState(taken, trained, buffers, opt_state, in_a_row, skipped), train["step"]
 
 
 def _loop(run: Run, first_step: int, profile: str) -> None:
@@ -280,7 +280,7 @@ def _log(run: Run, pending: list, waited: float, elapsed: float) -> None:
     for step, phase, metrics in pending:
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         fetched.append(values)
-        extra = {"learning_rate": float(rate(step - 1)), "block_size": phase.block_size}
+        extra = {"learning_rate": float(np.asarray(rate(step - 1))), "block_size": phase.block_size}
         extra["embedding_noise"] = embedding_noise_sigma(cfg, step - 1)
         if step == pending[-1][0]:
             extra["tokens_per_second"] = steps * cfg.tokens_per_step / elapsed

@@ -104,10 +104,10 @@ class TrainCheckpoints:
             ),
         )
         params = jax.tree.map(lambda x: x, params)
-        nnx.replace_by_pure_dict(params, restored.params)
-        leaves = [restored.optimizer[name] for name in _leaves(optimizer)]
+        nnx.replace_by_pure_dict(params, restored["params"])
+        leaves = [restored["optimizer"][name] for name in _leaves(optimizer)]
         optimizer = jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
-        return params, optimizer, restored.train
+        return params, optimizer, restored["train"]
 
     def close(self) -> None:
         self._manager.close()

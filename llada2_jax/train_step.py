@@ -17,7 +17,7 @@ from llada2_jax.config import TrainConfig
 from llada2_jax.model import merge_params
 from llada2_jax.objectives import OBJECTIVES, Context, LossOutput
 from llada2_jax.optimizer import make_optimizer
-from llada2_jax.types import Batch, ModelConfig, Params, WeightedSum
+from llada2_jax.types import Batch, ModelConfig, Params
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +73,7 @@ def make_context(
         seed=cfg.seed,
         mask_id=mask_id,
         block_anchor=cfg.data.block_anchor,
-        draw=draw,
+        draw=np.int32(draw),
     )
 
 
@@ -198,7 +198,7 @@ def make_eval_step(
 
 def make_grad_norms_by_rate(
     model_cfg: ModelConfig, objective: str, buckets: int
-) -> Callable[[TrainState, Batch, Context], Float[Array, " buckets"]]:
+) -> Callable[[TrainState, Batch, Context], list[Float[Array, ""]]]:
     """Norm of the gradient from the tokens whose group's mask rate lies in each of `buckets` equal
     ranges of (0, 1]; one backward pass a bucket, so a diagnostic for validation time (§7.1)."""
 
@@ -228,20 +228,21 @@ def evaluate(
     The first token of every segment is left out of loss_mask by the caller, so that AR and block
     diffusion are scored on the same tokens and bytes. contexts: one for each Monte Carlo draw.
     """
-    total = WeightedSum(np.float64(0), np.float64(0))
+    total, weight = np.float64(0), np.float64(0)
     nats, sizes = [], []
     for batch in batches:
         outputs = [step(params, batch, context) for context in contexts]
         row_nats = np.mean([np.asarray(o.nll, np.float64).sum(1) for o in outputs], axis=0)
         nats.append(row_nats)
         sizes.append((token_bytes[batch.tokens] * batch.loss_mask).sum(1))
-        total += WeightedSum(row_nats.sum(), np.float64(outputs[0].loss.weight))
+        total += row_nats.sum()
+        weight += np.float64(outputs[0].loss.weight)
     nats, sizes = np.concatenate(nats), np.concatenate(sizes).astype(np.float64)
     bits = nats / np.log(2)
     ratio = bits.sum() / sizes.sum()
     error = np.std(bits - ratio * sizes, ddof=1) * np.sqrt(len(sizes)) / sizes.sum()
     return {
-        "nats_per_token": float(total.total / total.weight),
+        "nats_per_token": float(total / weight),
         "bits_per_byte": float(ratio),
         "bits_per_byte_stderr": float(error),
     }

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.block_layout import HostOrDevice
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -101,13 +103,13 @@ class Batch:
     visits: how often the document has been seen before (the epoch).
     """
 
-    tokens: Int[Array, "B L"]
-    segment_ids: Int[Array, "B L"]
-    positions: Int[Array, "B L"]
-    loss_mask: Bool[Array, "B L"]
-    document_ids: Int[Array, "B L"]
-    document_positions: Int[Array, "B L"]
-    visits: Int[Array, "B L"]
+    tokens: Int[HostOrDevice, "B L"]
+    segment_ids: Int[HostOrDevice, "B L"]
+    positions: Int[HostOrDevice, "B L"]
+    loss_mask: Bool[HostOrDevice, "B L"]
+    document_ids: Int[HostOrDevice, "B L"]
+    document_positions: Int[HostOrDevice, "B L"]
+    visits: Int[HostOrDevice, "B L"]
 
 
 @jax.tree_util.register_dataclass

@@ -22,10 +22,17 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 NOISY, CLEAN = 0, 1
 PADDING = 0  # the segment id that sees nothing and is seen by nothing
+
+HostOrDevice = Array | np.ndarray
+"""What a step takes: NumPy from the loader, JAX inside it."""
+
+Scalar = Array | np.ndarray | np.number
+"""The same for one number."""
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +74,8 @@ def concatenate(layouts: Sequence[BlockLayout]) -> BlockLayout:
 
 
 def block_index(
-    positions: Int[Array, "batch length"],
-    block_size: int | Int[Array, ""],
+    positions: Int[HostOrDevice, "batch length"],
+    block_size: int | Int[Scalar, ""],
     anchor: str,
 ) -> Int[Array, "batch length"]:
     """Block of every token of a packed row.
@@ -82,6 +89,7 @@ def block_index(
 
     Returns: int32 [batch, length].
     """
+    positions = jnp.asarray(positions)
     if anchor == "document":
         return positions // block_size
     if anchor == "row":
@@ -112,7 +120,7 @@ def allowed(queries: BlockLayout, keys: BlockLayout) -> Bool[Array, "batch queri
 
 
 def group_bounds(
-    block: Int[Array, "batch length"], segment: Int[Array, "batch length"]
+    block: Int[Array, "batch length"], segment: Int[HostOrDevice, "batch length"]
 ) -> tuple[Int[Array, "batch length"], Int[Array, "batch length"]]:
     """Row indices [start, end) of the run of equal (segment, block) that holds each token.
 

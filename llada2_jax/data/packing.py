@@ -73,14 +73,15 @@ class PackedRows:
     def epoch_tokens(self) -> int:
         return int(self.documents.offsets[-1])
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """The fields of types.Batch for one row, each [row_length]."""
-        pieces = list(self._pieces(int(row) * self.row_length))
+        row = int(index)
+        pieces = list(self._pieces(row * self.row_length))
         fields = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
         segments = np.repeat(np.arange(1, len(pieces) + 1), [len(p["tokens"]) for p in pieces])
         if not self.document_mask:
             segments = np.ones_like(segments)
-        segments = self._random_cut(int(row), segments)
+        segments = self._random_cut(row, segments)
         starts = np.flatnonzero(np.diff(segments, prepend=-1))
         sizes = np.diff(starts, append=self.row_length)
         fields["segment_ids"] = np.repeat(np.arange(1, len(starts) + 1), sizes).astype(np.int32)

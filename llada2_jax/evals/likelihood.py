@@ -75,15 +75,16 @@ def score_texts(
     Raises: ValueError for an empty text or a bundle without a tokenizer.
     """
     tokenizer = tokenizer_of(bundle)
-    batch, owner = _rows(bundle, tokenizer, texts, row_length)
-    sizes = token_byte_lengths(tokenizer)[batch.tokens] * batch.loss_mask
+    batch, owner = _rows(bundle, tokenizer, texts, row_length, objective)
+    scored = np.asarray(batch.loss_mask)
+    sizes = token_byte_lengths(tokenizer)[batch.tokens] * scored
     step = make_eval_step(bundle.config, objective)
     contexts = validation_contexts(
         block_size, bundle.special.mask, 1 if objective == "ar" else samples
     )
     draws = np.stack([_nats(step, bundle.params, batch, c, rows_per_step) for c in contexts])
     return [
-        _likelihood(draws[:, owner == i], sizes[owner == i], batch.loss_mask[owner == i])
+        _likelihood(draws[:, owner == i], sizes[owner == i], scored[owner == i])
         for i in range(len(texts))
     ]
 
@@ -101,7 +102,13 @@ def tokenizer_of(bundle: ModelBundle) -> Tokenizer:
     return Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
 
 
-def _rows(bundle: ModelBundle, tokenizer: Tokenizer, texts: Sequence[str], row_length: int):
+def _rows(
+    bundle: ModelBundle,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    row_length: int,
+    objective: str,
+):
     """One segment a row, padded at the end; and which text each row belongs to."""
     empty = [i for i, text in enumerate(texts) if not text]
     if empty:
@@ -109,7 +116,9 @@ def _rows(bundle: ModelBundle, tokenizer: Tokenizer, texts: Sequence[str], row_l
     documents = [Document(stable_hash(text), str(i), text) for i, text in enumerate(texts)]
     special = bundle.special
     tokenized = tokenize(documents, tokenizer, eos=special.eos, bos=None)
-    head = 0 if special.bos is None else 1
+    opening = [] if special.bos is None else [special.bos]
+    head = len(opening)
+    first_scored = 1 if objective == "ar" else head  # nothing predicts what opens a row
     rows, owner = [], []
     for i, (start, end) in enumerate(zip(tokenized.offsets, tokenized.offsets[1:], strict=False)):
         for first in range(start, end - 1, row_length - head):  # the eos is not part of the text
@@ -121,12 +130,11 @@ def _rows(bundle: ModelBundle, tokenizer: Tokenizer, texts: Sequence[str], row_l
     fields["loss_mask"] = np.zeros(shape, bool)
     for r, (tokens, first) in enumerate(rows):
         n = head + len(tokens)
-        if head:
-            fields["tokens"][r, 0] = special.bos
+        fields["tokens"][r, :head] = opening
         fields["tokens"][r, head:n] = tokens
         fields["segment_ids"][r, :n] = 1
         fields["positions"][r, :n] = np.arange(n)
-        fields["loss_mask"][r, head:n] = True
+        fields["loss_mask"][r, first_scored:n] = True
         fields["document_ids"][r] = documents[owner[r]].id
         fields["document_positions"][r, :n] = first - tokenized.offsets[owner[r]] + np.arange(n)
     return Batch(**fields), np.asarray(owner)

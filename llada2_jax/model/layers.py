@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llada2_jax.types import ModelConfig, RopeScaling
+from pallas_kernels.block_layout import HostOrDevice
 
 
 class Buffer(nnx.Variable):
@@ -96,7 +97,7 @@ def _yarn(frequencies, dim, theta, scaling: RopeScaling):
 
 
 def rotary_tables(
-    cfg: ModelConfig, positions: Int[Array, "B T"]
+    cfg: ModelConfig, positions: Int[HostOrDevice, "B T"]
 ) -> tuple[Float[Array, "B T r"], Float[Array, "B T r"]]:
     """cos and sin in fp32, r = rotary_dim / 2."""
     frequencies, factor = rotary_frequencies(cfg)

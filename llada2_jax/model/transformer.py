@@ -13,7 +13,7 @@ from llada2_jax.model.attention import Attention, KVCache
 from llada2_jax.model.layers import FeedForward, RMSNorm, normal, parameter, rotary_tables
 from llada2_jax.model.moe import MoE
 from llada2_jax.types import ModelConfig, Params
-from pallas_kernels.block_layout import BlockLayout
+from pallas_kernels.block_layout import BlockLayout, HostOrDevice
 
 
 @jax.tree_util.register_dataclass
@@ -87,8 +87,8 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
+        tokens: Int[HostOrDevice, "B T"],
+        positions: Int[HostOrDevice, "B T"],
         layout: BlockLayout,
         *,
         cache: KVCache | None = None,

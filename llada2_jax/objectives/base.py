@@ -7,11 +7,13 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llada2_jax.config import NoiseConfig
 from llada2_jax.model import Transformer
 from llada2_jax.types import Batch, WeightedSum
+from pallas_kernels.block_layout import HostOrDevice, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -21,18 +23,19 @@ class Context:
 
     block_size: int32 scalar, data, so that phases share one compilation. sigma: fp32 scalar, scale
     of the masked-embedding noise. rates: fp32 [2], only tokens whose group's mask rate lies in
-    (rates[0], rates[1]] count (a diagnostic; the full range by default). Static: the noise, the
-    seed, the mask's id, the anchor of blocks and the number of the Monte Carlo draw.
+    (rates[0], rates[1]] count (a diagnostic; the full range by default). draw: int32 scalar, the
+    number of the Monte Carlo draw, data likewise. Static: the noise, the seed, the mask's id and
+    the anchor of blocks.
     """
 
-    block_size: Int[Array, ""]
-    sigma: Float[Array, ""]
-    rates: Float[Array, " 2"]
+    block_size: Int[Scalar, ""]
+    sigma: Float[Scalar, ""]
+    rates: Float[HostOrDevice, " 2"]
     noise: NoiseConfig = dataclasses.field(metadata={"static": True})
     seed: int = dataclasses.field(metadata={"static": True})
     mask_id: int = dataclasses.field(metadata={"static": True})
     block_anchor: str = dataclasses.field(metadata={"static": True})
-    draw: int = dataclasses.field(default=0, metadata={"static": True})
+    draw: Int[Scalar, ""] = np.int32(0)
 
 
 @jax.tree_util.register_dataclass
@@ -51,14 +54,16 @@ class Objective(Protocol):
     def __call__(self, model: Transformer, batch: Batch, context: Context) -> LossOutput: ...
 
 
-def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, "B L"]:
+def cross_entropy(
+    logits: Float[Array, "B L V"], targets: Int[HostOrDevice, "B L"]
+) -> Float[Array, "B L"]:
     """−log p(target) in fp32."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def weighted(values: Array, weights: Array) -> WeightedSum:
+def weighted(values: HostOrDevice, weights: HostOrDevice) -> WeightedSum:
     """Σ values·weights over Σ weights, fp32."""
-    values, weights = values.astype(jnp.float32), weights.astype(jnp.float32)
+    values, weights = jnp.asarray(values, jnp.float32), jnp.asarray(weights, jnp.float32)
     return WeightedSum((values * weights).sum(), weights.sum())

@@ -7,6 +7,8 @@ pairs of a training row a quarter is not computed.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -63,9 +65,10 @@ def _attend(q, parts, queries):
     score = jnp.concatenate(scores, axis=-1).reshape(batch, heads, length, -1)
     weights = jax.nn.softmax(jnp.where(mask[:, None], score, _MASKED), axis=-1).astype(q.dtype)
     weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
-    out, start = 0, 0
+    pieces, start = [], 0
     for k, v, _ in parts:
-        out = out + weights[..., start : start + k.shape[1]] @ v.transpose(0, 2, 1, 3)
+        pieces.append(weights[..., start : start + k.shape[1]] @ v.transpose(0, 2, 1, 3))
         start += k.shape[1]
+    out = functools.reduce(operator.add, pieces)
     out = out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
     return jnp.where(mask.any(-1)[:, :, None, None], out, jnp.zeros((), q.dtype))

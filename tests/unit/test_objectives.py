@@ -39,9 +39,7 @@ def context(block_size, noise=None, **changes):
 def token_nll(params, batch, mask, block_size):
     """−log p of every token with the given positions masked."""
     block = block_index(batch.positions, block_size, "document")
-    noised = Noised(
-        jnp.where(mask, MASK, batch.tokens), mask, mask.astype(jnp.float32), mask
-    )
+    noised = Noised(jnp.where(mask, MASK, batch.tokens), mask, mask.astype(jnp.float32), mask)
     model = merge_params(TINY, params)
     hidden, _ = _forward(model, batch, noised, block, context(block_size), clean_half=True)
     logp = jax.nn.log_softmax(model.logits(hidden))
@@ -162,9 +160,7 @@ def test_denominator_counts_supervised_tokens_not_masked_ones(params):
     mask[0, :2] = False
     batch = make_batch(TOKENS, SEGMENTS, loss_mask=mask)
     plain = make_eval_step(TINY, "bdlm")(params, batch, context(2))
-    pair = make_eval_step(TINY, "bdlm")(
-        params, batch, context(2, NoiseConfig(complementary=True))
-    )
+    pair = make_eval_step(TINY, "bdlm")(params, batch, context(2, NoiseConfig(complementary=True)))
     assert float(plain.loss.weight) == 4 and float(pair.loss.weight) == 8
 
 
