@@ -60,8 +60,11 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def run(config: ml_collections.ConfigDict) -> Path:
-    """The pipeline; returns the report's path. Stages that a workdir holds already are resumed."""
+def run(config: Any) -> Path:
+    """The pipeline; returns the report's path. Stages that a workdir holds already are resumed.
+
+    config: a ConfigDict as configs/quickstart.py gives it; its fields have no static types.
+    """
     started = time.perf_counter()
     work = Path(config.workdir)
     report = ReportConfig(**config.report.to_dict())
