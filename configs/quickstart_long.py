@@ -21,8 +21,8 @@ def get_config():
     config.ar.schedule.ar_tokens = 200_000
     config.conversion = load_config(HERE / "tiny_wsd.py")
     config.merge_top_k = 4
-    config.report.eval_rows = 256
-    config.report.eval_samples = 2
+    config.report.eval_rows = 128
+    config.report.eval_samples = 1
     config.report.exact_rows = 8
     config.report.prompts = 8
     config.report.max_new_tokens = 128

@@ -85,11 +85,11 @@ def run(config: Any) -> Path:
     say("merge of the best checkpoints of the last phase")
     best, merged = _merge(work, config.merge_top_k, results)
     say("bits per byte")
-    _measure_likelihood(results, report, corpus, ar, best, merged)
+    _measure_likelihood(results, report, corpus, conversion_cfg, ar, best, merged)
     say("completions of held-out functions")
-    _measure_generation(results, report, corpus, merged)
+    _measure_generation(results, report, conversion_cfg, merged)
     say("speed")
-    _measure_speed(results, report, corpus, merged, work / "conversion")
+    _measure_speed(results, report, conversion_cfg, merged)
     results["runs"] = {name: read_metrics(work / name) for name in ("parent", "ar", "conversion")}
     results["seconds"] = time.perf_counter() - started
     path = quickstart_report.write(work, results)
@@ -160,9 +160,11 @@ def _merge(work: Path, top_k: int, results: dict) -> tuple[ModelBundle, ModelBun
     return load_model(chosen[0]), load_model(out)
 
 
-def _measure_likelihood(results, report: ReportConfig, corpus: Corpus, ar, best, merged) -> None:
+def _measure_likelihood(
+    results, report: ReportConfig, corpus: Corpus, cfg: TrainConfig, ar, best, merged
+) -> None:
     """Bits per byte on the same validation bytes: AR, and the diffusion models by block size."""
-    batches = corpus.validation_batches(256, report.eval_rows, 8)
+    batches = corpus.validation_batches(cfg.data.row_length, report.eval_rows, 8)
 
     def score(bundle: ModelBundle, objective: str, block_size: int) -> dict[str, float]:
         contexts = validation_contexts(
@@ -237,12 +239,12 @@ def _prompt_of(document: Document, tokenizer: Tokenizer, prompt_tokens: int, new
     return ids[-prompt_tokens:]
 
 
-def _measure_generation(results, report: ReportConfig, corpus: Corpus, merged) -> None:
+def _measure_generation(results, report: ReportConfig, cfg: TrainConfig, merged) -> None:
     """Completions at each threshold: tokens per forward, tokens per second, and the texts."""
     engine = Engine(merged)
     tokenizer = tokenizer_of(merged)
     prompts = held_out_prompts(
-        "stdlib", tokenizer, report.prompts, report.prompt_tokens, report.max_new_tokens
+        cfg.data.source, tokenizer, report.prompts, report.prompt_tokens, report.max_new_tokens
     )
     ids = [p for _, p in prompts]
     rows, samples = [], []
@@ -290,12 +292,12 @@ def _trajectory(done: Completion, tokenizer: Tokenizer, threshold: float) -> dic
     }
 
 
-def _measure_speed(results, report: ReportConfig, corpus: Corpus, merged, run_dir: Path) -> None:
+def _measure_speed(results, report: ReportConfig, cfg: TrainConfig, merged) -> None:
     """Cached against recomputed prefix, compile count, and the wait for input."""
     # fp32, so that both ways must give the same tokens, not only nearly the same logits.
     config = dataclasses.replace(merged.config, dtype="float32")
     engine = Engine(dataclasses.replace(merged, config=config))
-    prompt = held_out_prompts("stdlib", tokenizer_of(merged), 1, 32, 64)[0][1]
+    prompt = held_out_prompts(cfg.data.source, tokenizer_of(merged), 1, 32, 64)[0][1]
     options = {"max_new_tokens": report.speed_tokens, "stop_on_eos": False, "threshold": 0.9}
     before = compile_count()
     timed = {}
@@ -307,7 +309,7 @@ def _measure_speed(results, report: ReportConfig, corpus: Corpus, merged, run_di
         timed[name] = engine.generate([prompt], cache=cache, **options)[0]
     waits = [
         m["input_wait_fraction"]
-        for m in read_metrics(run_dir, "train")
+        for m in read_metrics(Path(cfg.workdir), "train")
         if "input_wait_fraction" in m
     ]
     results["speed"] = {
