@@ -253,7 +253,8 @@ def _speed_section(results) -> str:
         f"{s['uncached_over_cached']:.2f} times as long as the KV cache "
         f"({s['uncached_seconds']:.2f} s against {s['cached_seconds']:.2f} s; {same}).\n"
         f"- Programs compiled for a shape bucket: {s['compiles_per_shape']}.\n"
-        f"- Share of a training step spent waiting for input: {s['input_wait_fraction']:.2%}."
+        f"- Share of the conversion's training time in which the model waited for input: "
+        f"{s['input_wait_fraction']:.2%}."
     )
 
 

@@ -235,7 +235,9 @@ def _loop(run: Run, first_step: int, profile: str) -> None:
         _profile(profile, step - first_step)
         before = time.perf_counter()
         batch = next(source)
-        waited += time.perf_counter() - before
+        # Only an idle device waits: while it computes, input is prepared at no cost.
+        if not pending or pending[-1][2]["loss"].is_ready():
+            waited += time.perf_counter() - before
         if cfg.optimizer.reset_each_phase and _phase_starts(cfg, step):
             run.state = reset_moments(run.state)
         context = make_context(
