@@ -21,9 +21,12 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches from step `first_step` on; rows are fetched ahead in threads.
 
-    The data position of step s is row s · rows_per_step: no iterator state has to be kept.
+    The rows of the run are shuffled by rows.seed. The data position of step s is place
+    s · rows_per_step of that order: no iterator state has to be kept.
     """
-    dataset = grain.MapDataset.source(rows)
+    # Neighbouring rows are stretches of one document: a step of consecutive rows would be a
+    # gradient of one file.
+    dataset = grain.MapDataset.source(rows).shuffle(seed=rows.seed)
     dataset = dataset.slice(slice(first_step * rows_per_step, None))
     dataset = dataset.batch(rows_per_step, drop_remainder=True)
     options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=2 * prefetch)
