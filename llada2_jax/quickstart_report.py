@@ -70,11 +70,14 @@ def _plot_loss(results):
     axes.plot(tokens[width - 1 :], smooth, color=BLUE, label="training loss (nats a token)")
     start = 0
     phases = [m["phase"] for m in train]
+    last_stage = ""
     for i in range(1, len(train) + 1):
         if i == len(train) or phases[i] != phases[start]:
             axes.axvline(tokens[i - 1], color=GREY, lw=0.5)
             middle = (tokens[start] + tokens[i - 1]) / 2
-            label = phases[start].replace("-", "\n")
+            stage, size = phases[start].split("-")
+            label = f"{stage}\n{size}" if stage != last_stage else f"\n{size}"
+            last_stage = stage
             axes.text(
                 middle,
                 1.01,
