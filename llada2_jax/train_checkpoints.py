@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from llada2_jax.checkpoint import CHUNK_BYTES, ModelBundle, flatten
+from llada2_jax.checkpoint import CHUNK_BYTES, ModelBundle
 from llada2_jax.config import CheckpointConfig
 from llada2_jax.types import Params
 
@@ -120,11 +119,3 @@ def _leaves(tree: Any) -> dict[str, jax.Array]:
 
 def _restore_args(tree: Any) -> Any:
     return ocp.checkpoint_utils.construct_restore_args(tree)
-
-
-def same_params(a: Params, b: Params) -> bool:
-    """Bitwise equality, leaf by leaf."""
-    x, y = flatten(a), flatten(b)
-    return x.keys() == y.keys() and all(
-        np.array_equal(np.asarray(x[k]), np.asarray(y[k])) for k in x
-    )

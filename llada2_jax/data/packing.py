@@ -53,7 +53,7 @@ class PackedRows:
 
     shuffle=False keeps the documents' order (validation). document_mask=False makes a row one
     segment with running positions. random_length_fraction: share of rows cut in two at a random
-    point, so that shorter contexts are seen (paper §4.2). supervise_bos is never wanted: `bos`
+    point, so that shorter contexts are seen (paper §4.2). `bos`
     opens a document and nothing predicts it.
     """
 
