@@ -32,7 +32,7 @@ def get_config():
         }
     config.data.row_length = 256
     config.data.rows_per_step = 16
-    config.schedule.ar_tokens = 8_000_000
+    config.schedule.ar_tokens = 12_000_000
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.05
     config.optimizer.decay_fraction = 0.3

@@ -18,19 +18,19 @@ def get_config():
     config.data.row_length = 256
     config.data.rows_per_step = 16
     config.schedule.warmup_blocks = (1, 4, 32, 64)
-    config.schedule.warmup_tokens = 800_000
-    config.schedule.stable_tokens = 1_200_000
+    config.schedule.warmup_tokens = 1_200_000
+    config.schedule.stable_tokens = 2_400_000
     config.schedule.decay_blocks = (64, 32)
-    config.schedule.decay_tokens = 1_200_000
+    config.schedule.decay_tokens = 2_400_000
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.05
     config.optimizer.decay_fraction = 0.4
     config.optimizer.final_fraction = 0.05
     config.optimizer.expert_bias_rate = 1e-3
     config.embedding_noise.sigma = 0.05
-    config.embedding_noise.tokens = 200_000
+    config.embedding_noise.tokens = 300_000
     config.eval.rows = 128
-    config.eval.every_tokens = 200_000
-    config.checkpoint.every_tokens = 100_000
+    config.eval.every_tokens = 400_000
+    config.checkpoint.every_tokens = 200_000
     config.checkpoint.keep_best = 4
     return config
