@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,3 +52,11 @@ def make_batch(tokens, segments=None, *, document_ids=None, loss_mask=None) -> B
 
 def config(**changes) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
+
+
+def assert_same_params(a, b) -> None:
+    """Bitwise equality, dtypes included."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))

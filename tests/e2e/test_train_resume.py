@@ -23,8 +23,8 @@ from llada2_jax.hub import load_model
 from llada2_jax.metrics import read_metrics
 from llada2_jax.model import init_params
 from llada2_jax.train import TrainingStopped, train
-from llada2_jax.train_checkpoints import same_params
 from llada2_jax.types import SpecialTokens
+from tests.helpers import assert_same_params
 from tests.helpers import config as tiny
 
 # ml_collections loads config files in a way that Python 3.12 deprecates.
@@ -46,6 +46,7 @@ CLOCKS = {"seconds", "tokens_per_second", "input_wait_fraction"}
 # Three objectives in 24 steps of 64 tokens; a checkpoint every 4 steps and where a phase ends.
 CONFIG = """\
 from llada2_jax.config import default_config, model_dict
+from tests.helpers import assert_same_params
 from tests.helpers import config as tiny
 
 
@@ -161,7 +162,7 @@ def test_a_killed_run_resumes_with_bit_equal_losses(folder):
     assert f"after step {saved} of {STEPS}" in log.read_text()
     assert numbers(killed) == numbers(undisturbed)
     ends = [load_model(w / f"checkpoints/{STEPS}").params for w in (undisturbed, killed)]
-    assert same_params(*ends)
+    assert_same_params(*ends)
 
     # A run that is complete is left alone, and one with another config is not taken over.
     assert cli.main(["train", f"--config={folder / 'config.py'}", f"--workdir={killed}"]) == 0

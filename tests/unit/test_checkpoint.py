@@ -16,6 +16,7 @@ from llada2_jax.checkpoint import ArraySpec, CheckpointError, ModelBundle
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.model import init_params, merge_params
 from llada2_jax.types import ModelConfig, RopeScaling, SpecialTokens
+from tests.helpers import assert_same_params
 
 CONFIG = ModelConfig(
     vocab_size=24,
@@ -61,13 +62,6 @@ def save_with_orbax(path, bundle: ModelBundle, chunk_bytes: int = 1 << 20, train
         items["train"] = ocp.args.JsonSave(train)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(path, ocp.args.Composite(**items))
-
-
-def assert_same_params(a, b) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def test_what_was_saved_comes_back(tmp_path, bundle):
