@@ -133,3 +133,53 @@ def group_bounds(
     starts = jnp.where(jnp.concatenate([edge, changed], 1), index, 0)
     ends = jnp.where(jnp.concatenate([changed, edge], 1), index + 1, length)
     return jax.lax.cummax(starts, axis=1), jax.lax.cummin(ends, axis=1, reverse=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyIntervals:
+    """The keys of every query as two runs of indices, which is what the kernels compute on.
+
+    own: the query's own block, in its own half. earlier: the clean blocks before it, in its
+    document. Each is a pair int32 [batch, queries] of bounds [start, end) on the key axis; a run
+    without keys has start == end. Of a clean query the two touch: earlier[1] == own[0].
+    """
+
+    own: tuple[Int[Array, "batch queries"], Int[Array, "batch queries"]]
+    earlier: tuple[Int[Array, "batch queries"], Int[Array, "batch queries"]]
+
+    def count(self) -> Int[Array, "batch queries"]:
+        """int32 [batch, queries]: keys of each query, the ideal work in query-key pairs."""
+        return (self.own[1] - self.own[0]) + (self.earlier[1] - self.earlier[0])
+
+
+def key_intervals(layout: BlockLayout) -> KeyIntervals:
+    """`allowed(layout, layout)` as intervals, in O(length), for tokens that attend to themselves.
+
+    Args:
+      layout: one half, or `both_halves` of a packed row: documents are contiguous and blocks do not
+        decrease inside one.
+
+    Raises: ValueError for other spans (a clean half must hold the tokens of the noisy one).
+    """
+    halves = tuple(half for half, _ in layout.spans)
+    lengths = {n for _, n in layout.spans}
+    if halves not in ((NOISY,), (CLEAN,), (NOISY, CLEAN)) or len(lengths) != 1:
+        raise ValueError(f"spans {layout.spans}: intervals need one half, or both of one length")
+    (length,) = lengths
+    block, segment = layout.block[:, :length], layout.segment[:, :length]
+    start, end = group_bounds(block, segment)
+    document, _ = group_bounds(jnp.zeros_like(block), segment)
+    real = segment != PADDING
+    start, end, document = (jnp.where(real, x, 0) for x in (start, end, document))
+    if halves == (NOISY,):
+        document = start  # no clean half, nothing earlier
+    clean = (len(halves) - 1) * length  # where the clean half begins
+    at = [i * length for i in range(len(halves))]
+
+    def along(x, offsets):
+        return jnp.concatenate([x + offset for offset in offsets], axis=1)
+
+    own = along(start, at), along(end, at)
+    earlier = along(document, [clean] * len(at)), along(start, [clean] * len(at))
+    return KeyIntervals(own, earlier)

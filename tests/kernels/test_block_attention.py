@@ -17,6 +17,7 @@ from pallas_kernels.block_layout import (
     concatenate,
     group_bounds,
     half_layout,
+    key_intervals,
 )
 
 LENGTH = 24
@@ -78,6 +79,35 @@ def test_bounds_are_the_runs_of_a_block_within_its_document():
     start, end = group_bounds(block, segment)
     assert start.tolist() == [[0, 0, 2, 3, 3, 5, 5, 7]]
     assert end.tolist() == [[2, 2, 3, 5, 5, 7, 7, 8]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows(), block_sizes, anchors, st.sampled_from(["noisy", "clean", "both"]))
+def test_intervals_are_the_rule(row, size, anchor, halves):
+    segment, positions = row
+    block = block_index(positions, size, anchor)
+    layout = {
+        "noisy": half_layout(block, segment, NOISY),
+        "clean": half_layout(block, segment, CLEAN),
+        "both": both_halves(block, segment),
+    }[halves]
+    intervals = key_intervals(layout)
+    key = jnp.arange(layout.block.shape[1])
+    inside = [
+        (key >= start[..., None]) & (key < end[..., None])
+        for start, end in (intervals.own, intervals.earlier)
+    ]
+    assert not (inside[0] & inside[1]).any()
+    mask = allowed(layout, layout)
+    assert np.array_equal(inside[0] | inside[1], mask)
+    assert np.array_equal(intervals.count(), mask.sum(-1))
+
+
+def test_intervals_need_the_same_tokens_in_both_halves():
+    part = jnp.zeros((1, 4), jnp.int32)
+    layout = concatenate([half_layout(part, part, CLEAN), half_layout(part, part, NOISY)])
+    with pytest.raises(ValueError, match="spans"):
+        key_intervals(layout)
 
 
 def test_unknown_anchor_is_named():
