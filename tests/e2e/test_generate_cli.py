@@ -10,25 +10,10 @@ from llada2_jax import cli
 from llada2_jax.checkpoint import ModelBundle, save_model
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.model import init_params
-from llada2_jax.types import ModelConfig, SpecialTokens
+from llada2_jax.types import SpecialTokens
+from tests.helpers import config
 
-CFG = ModelConfig(
-    vocab_size=270,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    num_experts=4,
-    experts_per_token=2,
-    n_group=2,
-    topk_group=1,
-    initializer_range=0.5,
-    max_position_embeddings=64,
-    dtype="float32",
-)
+CFG = config(vocab_size=270, initializer_range=0.5, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")

@@ -15,25 +15,10 @@ from llada2_jax import checkpoint
 from llada2_jax.checkpoint import ArraySpec, CheckpointError, ModelBundle
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.model import init_params, merge_params
-from llada2_jax.types import ModelConfig, RopeScaling, SpecialTokens
-from tests.helpers import assert_same_params
+from llada2_jax.types import RopeScaling, SpecialTokens
+from tests.helpers import assert_same_params, config
 
-CONFIG = ModelConfig(
-    vocab_size=24,
-    hidden_size=16,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    num_experts=4,
-    experts_per_token=2,
-    n_group=2,
-    topk_group=1,
-    rope_scaling=RopeScaling(2.0, 64),
-    dtype="float32",
-)
+CONFIG = config(vocab_size=24, num_layers=3, rope_scaling=RopeScaling(2.0, 64))
 
 
 @pytest.fixture(scope="module")

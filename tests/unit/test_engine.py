@@ -11,26 +11,11 @@ from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.engine import Completion, Engine, complete_characters, load
 from llada2_jax.model import init_params
 from llada2_jax.sampler import Generation, RequestError
-from llada2_jax.types import ModelConfig, SpecialTokens
+from llada2_jax.types import SpecialTokens
+from tests.helpers import config
 
 VOCAB, BLOCK = 270, 4
-CFG = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    num_experts=4,
-    experts_per_token=2,
-    n_group=2,
-    topk_group=1,
-    initializer_range=0.5,
-    max_position_embeddings=64,
-    dtype="float32",
-)
+CFG = config(vocab_size=VOCAB, initializer_range=0.5, max_position_embeddings=64)
 SPECIAL = SpecialTokens(mask=0, eos=1, pad=1, bos=2)
 
 

@@ -18,22 +18,9 @@ from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.merge import merge_checkpoints, select_best
 from llada2_jax.model import build
 from llada2_jax.types import ModelConfig, SpecialTokens
+from tests.helpers import config as tiny
 
-CONFIG = ModelConfig(
-    vocab_size=24,
-    hidden_size=16,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    num_experts=4,
-    experts_per_token=2,
-    n_group=2,
-    topk_group=1,
-    dtype="float32",
-)
+CONFIG = tiny(vocab_size=24, num_layers=3)
 
 
 def bundle(seed: int, config: ModelConfig = CONFIG, **changes) -> ModelBundle:
