@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from llada2_jax.checkpoint import CheckpointError
 from llada2_jax.engine import Completion, Engine, load
+from llada2_jax.inputs import (
+    InputError,
+    Item,
+    add_model_options,
+    model_arguments,
+    read_lines_or_stdin,
+)
 from llada2_jax.sampler import RequestError
 
 _EXAMPLES = """\
@@ -39,20 +44,12 @@ _OPTIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """A prompt and the other fields of its line."""
-
-    prompt: str
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status: 0, or 2 for what the user can put right."""
     args = _parser().parse_args(argv)
     try:
         return _run(args)
-    except (RequestError, CheckpointError, OSError) as error:
+    except (InputError, RequestError, CheckpointError, OSError) as error:
         print(f"llada2 generate: error: {error}", file=sys.stderr)
         return 2
 
@@ -64,9 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a checkpoint or Hugging Face folder"
-    )
+    add_model_options(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a prompt; repeat it for more"
@@ -102,23 +97,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="decode once more without a KV cache and report the ratio of the times",
     )
-    parser.add_argument("--dtype", help="of activations, e.g. float32 (the checkpoint's)")
-    parser.add_argument("--mask-id", type=int, help="for folders whose files do not say")
-    parser.add_argument("--eos-id", type=int, help="for folders whose files do not say")
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
     items = _items(args)
-    overrides = {} if args.dtype is None else {"dtype": args.dtype}
-    bundle_ids = {"mask_id": args.mask_id, "eos_id": args.eos_id}
-    engine = load(args.checkpoint, max_batch=args.max_batch, **bundle_ids, **overrides)
+    engine = load(args.checkpoint, max_batch=args.max_batch, **model_arguments(args))
     names = [flag.replace("-", "_") for flag in _OPTIONS]
     names += ["stop_on_eos", "early_stop", "fuse_commit"]
     options = {name: getattr(args, name) for name in names}
     as_json = args.json or args.prompts_file is not None
     if as_json or args.no_stream:
-        completions = engine.generate([item.prompt for item in items], **options)
+        completions = engine.generate([item.text for item in items], **options)
         _write(items, completions, as_json)
     else:
         completions = [_stream(engine, item, options, len(items)) for item in items]
@@ -128,73 +118,19 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------- input
-
-
-def _items(args: argparse.Namespace) -> list[_Item]:
+def _items(args: argparse.Namespace) -> list[Item]:
     if args.prompt is not None:
-        return [_Item(text) for text in args.prompt]
-    if args.prompts_file is None:
-        if sys.stdin.isatty():
-            print("Reading the prompt from the terminal; end it with Ctrl-D.", file=sys.stderr)
-        return [_Item(sys.stdin.read())]
-    if args.prompts_file == "-":
-        return parse_lines(sys.stdin.read(), "stdin")
-    return parse_lines(_read(Path(args.prompts_file)), args.prompts_file)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not UTF-8 at byte {error.start}: convert the file") from None
-
-
-def parse_lines(text: str, name: str) -> list[_Item]:
-    """The prompts of a JSONL text; empty lines are skipped.
-
-    Raises: RequestError that names the file and every bad line (the first ten).
-    """
-    items, wrong = [], []
-    # Not splitlines(), which also breaks at characters that JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        item, problem = _parse(line)
-        if item is not None:
-            items.append(item)
-        else:
-            wrong.append(f"{name}:{number}: {problem}")
-    if wrong:
-        more = [] if len(wrong) <= 10 else [f"… and {len(wrong) - 10} more"]
-        raise RequestError("\n  ".join(["nothing was generated:", *wrong[:10], *more]))
-    if not items:
-        raise RequestError(f'{name}: no prompts: it needs a line such as {{"prompt": "text"}}')
-    return items
-
-
-def _parse(line: str) -> tuple[_Item | None, str]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        return None, f"not JSON: {error.msg} at column {error.colno}"
-    if not isinstance(value, dict):
-        return None, f'a {type(value).__name__} instead of an object {{"prompt": "text"}}'
-    if "prompt" not in value:
-        return None, f'no "prompt" among the fields {sorted(value)}'
-    prompt = value.pop("prompt")
-    if not isinstance(prompt, str):
-        return None, f'"prompt" is a {type(prompt).__name__}, not a text'
-    return _Item(prompt, value), ""
+        return [Item("--prompt", text) for text in args.prompt]
+    return read_lines_or_stdin(args.prompts_file, "prompt")
 
 
 # ------------------------------------------------------------------------------------ output
 
 
-def _stream(engine: Engine, item: _Item, options: dict[str, Any], count: int) -> Completion:
+def _stream(engine: Engine, item: Item, options: dict[str, Any], count: int) -> Completion:
     if count > 1:
-        print(f"=== {item.prompt!r}")
-    for piece in engine.stream(item.prompt, **options):
+        print(f"=== {item.text!r}")
+    for piece in engine.stream(item.text, **options):
         if isinstance(piece, Completion):
             print()
             return piece
@@ -202,14 +138,14 @@ def _stream(engine: Engine, item: _Item, options: dict[str, Any], count: int) ->
     raise AssertionError("a stream ends with its Completion")
 
 
-def _write(items: Sequence[_Item], completions: Sequence[Completion], as_json: bool) -> None:
+def _write(items: Sequence[Item], completions: Sequence[Completion], as_json: bool) -> None:
     for item, completion in zip(items, completions, strict=True):
         if as_json:
-            record = item.fields | {"prompt": item.prompt} | _record(completion)
+            record = item.fields | {"prompt": item.text} | _record(completion)
             print(json.dumps(record, ensure_ascii=False))
             continue
         if len(items) > 1:
-            print(f"=== {item.prompt!r}")
+            print(f"=== {item.text!r}")
         print(completion.text)
 
 
@@ -245,7 +181,7 @@ def _report(completions: Sequence[Completion]) -> None:
 
 
 def _compare(engine: Engine, items, completions, options: dict[str, Any]) -> None:
-    uncached = engine.generate([item.prompt for item in items], **options, cache=False)
+    uncached = engine.generate([item.text for item in items], **options, cache=False)
     cached_s, uncached_s = (sum(c.seconds for c in cs) for cs in (completions, uncached))
     equal = all(a.tokens == b.tokens for a, b in zip(completions, uncached, strict=True))
     print(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,14 @@ import numpy as np
 from llada2_jax.checkpoint import CheckpointError
 from llada2_jax.evals.likelihood import Likelihood, score_texts
 from llada2_jax.hub import load_model
+from llada2_jax.inputs import (
+    InputError,
+    Item,
+    add_model_options,
+    model_arguments,
+    read_file,
+    read_lines_or_stdin,
+)
 
 _EXAMPLES = """\
 examples:
@@ -31,25 +37,12 @@ longer than a row is scored in rows that do not see each other.
 """
 
 
-class ScoreError(ValueError):
-    """A request that cannot be scored; the message says what to change."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """A text, what to call it, and the other fields of its line."""
-
-    name: str
-    text: str
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status: 0, or 2 for what the user can put right."""
     args = _parser().parse_args(argv)
     try:
         return _run(args)
-    except (ScoreError, CheckpointError, OSError) as error:
+    except (InputError, CheckpointError, OSError) as error:
         print(f"llada2 score: error: {error}", file=sys.stderr)
         return 2
 
@@ -61,9 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a checkpoint or Hugging Face folder"
-    )
+    add_model_options(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", action="append", metavar="T", help="a text; repeat it for more")
     source.add_argument("--file", action="append", metavar="F", help="a UTF-8 file; repeatable")
@@ -87,17 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--row-length", type=int, default=256, help="longest context (256)")
     parser.add_argument("--json", action="store_true", help="JSONL, the last line the total")
-    parser.add_argument("--dtype", help="of activations, e.g. float32 (the checkpoint's)")
-    parser.add_argument("--mask-id", type=int, help="for folders whose files do not say")
-    parser.add_argument("--eos-id", type=int, help="for folders whose files do not say")
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
     _check(args)
     items = _items(args)
-    overrides = {} if args.dtype is None else {"dtype": args.dtype}
-    bundle = load_model(args.checkpoint, mask_id=args.mask_id, eos_id=args.eos_id, **overrides)
+    bundle = load_model(args.checkpoint, **model_arguments(args))
     block_size = args.block_size or int(bundle.generation.get("block_size", 32))
     exact = args.objective == "ar" or block_size == 1
     samples = 1 if exact else args.samples or 8
@@ -111,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
             objective=args.objective,
         )
     except ValueError as error:
-        raise ScoreError(error) from None
+        raise InputError(error) from None
     how = {"objective": args.objective, "samples": samples}
     if args.objective == "bdlm":
         how["block_size"] = block_size
@@ -123,56 +110,21 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("block_size", 1), ("samples", 1), ("row_length", 2)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ScoreError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.objective == "ar" and args.block_size is not None:
-        raise ScoreError("--block-size has no meaning for --objective ar: leave it out")
+        raise InputError("--block-size has no meaning for --objective ar: leave it out")
 
 
-# ------------------------------------------------------------------------------------- input
-
-
-def _items(args: argparse.Namespace) -> list[_Item]:
+def _items(args: argparse.Namespace) -> list[Item]:
     if args.text is not None:
-        items = [_Item(f"text {i}", text) for i, text in enumerate(args.text, start=1)]
+        items = [Item(f"text {i}", text) for i, text in enumerate(args.text, start=1)]
     elif args.file is not None:
-        items = [_Item(name, _read(Path(name))) for name in args.file]
-    elif args.prompts_file is not None:
-        stdin = args.prompts_file == "-"
-        text = sys.stdin.read() if stdin else _read(Path(args.prompts_file))
-        items = _parse_lines(text, "stdin" if stdin else args.prompts_file)
+        items = [Item(name, read_file(name)) for name in args.file]
     else:
-        if sys.stdin.isatty():
-            print("Reading the text from the terminal; end it with Ctrl-D.", file=sys.stderr)
-        items = [_Item("stdin", sys.stdin.read())]
+        items = read_lines_or_stdin(args.prompts_file, "text")
     for item in items:
         if not item.text:
-            raise ScoreError(f"{item.name} is empty: there is nothing to score")
-    return items
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")  # bytes count: line ends stay what they are
-    except UnicodeDecodeError as error:
-        raise ScoreError(f"{path}: not UTF-8 at byte {error.start}: convert the file") from None
-
-
-def _parse_lines(text: str, name: str) -> list[_Item]:
-    """The texts of a JSONL text; blank lines are skipped. Raises: ScoreError with the line."""
-    items = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ScoreError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise ScoreError(f'{where}: it needs an object such as {{"text": "..."}}')
-        items.append(_Item(where, value.pop("text"), value))
-    if not items:
-        raise ScoreError(f'{name}: no texts: it needs a line such as {{"text": "..."}}')
+            raise InputError(f"{item.name} is empty: there is nothing to score")
     return items
 
 
@@ -203,7 +155,7 @@ def _record(score: Likelihood, *, sampled: bool) -> dict[str, Any]:
 
 
 def _write(
-    items: Sequence[_Item],
+    items: Sequence[Item],
     scores: Sequence[Likelihood],
     how: dict[str, Any],
     *,

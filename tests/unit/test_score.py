@@ -124,7 +124,7 @@ def test_errors_in_files_name_the_place(score, tmp_path):
     (tmp_path / "a.bin").write_bytes(b"a\xff")
     assert "not UTF-8 at byte 1" in score("--file", tmp_path / "a.bin")[2]
     for text, message in [
-        ('{"text": "a"}\n{"prompt": "b"}\n', ":2: it needs an object such as"),
+        ('{"text": "a"}\n{"prompt": "b"}\n', ':2: no "text" among the fields'),
         ("{oops\n", ":1: not JSON"),
         ("\n", "no texts"),
     ]:
