@@ -1,0 +1,262 @@
+"""The three kernels in Pallas Triton: forward, gradient of q, gradients of k and v.
+
+A tile is a rectangle of (query position, head of one group) pairs stacked as rows, against keys of
+the head that the group shares: with 4 or 8 heads a group, 16 or 32 positions already fill the
+tensor cores, which keeps tiles on the block diagonal and on document edges small.
+
+Rows are gathered by index from the arrays as they are, [batch, length, heads, head_dim], so that
+nothing is transposed in memory. No kernel accumulates across programs: results do not change from
+run to run.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.block_attention.gpu import schedule
+from pallas_kernels.block_attention.gpu.schedule import Tiles
+
+NEVER = -1e30  # finite, so that a row without keys has no NaN on the way to its zeros
+LOG2_E = math.log2(math.e)
+
+
+def unsupported(q, k) -> str | None:
+    """Why arrays like q and k cannot be run, or None."""
+    head_dim = q.shape[3]
+    if head_dim & (head_dim - 1) or head_dim < 16:
+        return f"head_dim {head_dim} is not a power of two of at least 16; pad it, or use 'xla'"
+    return None
+
+
+def default_tiles(q, k) -> Tiles:
+    """Rows and keys that fill the tensor cores and fit registers and shared memory."""
+    stack = stacked(q.shape[2], k.shape[2])
+    wide = q.shape[3] * q.dtype.itemsize > 256  # bytes a row: head_dim 128 in bf16 is not wide
+    rows, keys = (64, 32) if wide else (128, 64)
+    positions, fewer = max(1, rows // stack), max(1, rows // 2 // stack)
+    return Tiles((positions, keys), (positions, keys), (fewer, 2 * keys))
+
+
+def stacked(heads: int, kv_heads: int) -> int:
+    """Heads of a group that share a tile: a power of two, which Triton's shapes have to be."""
+    group = heads // kv_heads
+    return group & -group
+
+
+def forward(q, k, v, starts, ends, ranges, *, tile, interpret):
+    """Output like q, and log2 of the softmax denominators, fp32 [batch, heads, queries]."""
+    batch, queries, heads, _ = q.shape
+    shapes = [_like(q), jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)]
+    call = _query_call(_forward_kernel, shapes, q, k, tile, interpret)
+    return call(ranges, starts, ends, q, k, v)
+
+
+def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
+    """dq, like q. `delta` is the row sum of do · o, fp32 [batch, heads, queries]."""
+    call = _query_call(_query_gradient_kernel, [_like(q)], q, k, tile, interpret)
+    return call(ranges, starts, ends, q, k, v, do, lse, delta)[0]
+
+
+def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
+    """dk and dv, like k and v. `ranges` are those of query tiles for each key tile."""
+    batch, keys, kv_heads, head_dim = k.shape
+    heads = q.shape[2]
+    _, key_tile = tile
+    stack = stacked(heads, kv_heads)
+
+    def whole(x):
+        return pl.BlockSpec((None, *x.shape[1:]), lambda i, head, b: (b,) + (0,) * (x.ndim - 1))
+
+    def per_key_tile():
+        return pl.BlockSpec((None, key_tile, None, head_dim), lambda i, head, b: (b, i, head, 0))
+
+    kernel = functools.partial(
+        _key_gradients_kernel,
+        positions=tile[0],
+        stack=stack,
+        chunks=heads // kv_heads // stack,
+    )
+    rows = starts, ends, q, do, lse, delta
+    return pl.pallas_call(
+        kernel,
+        grid=(keys // key_tile, kv_heads, batch),
+        in_specs=[
+            pl.BlockSpec((None, None, *ranges.shape[2:]), lambda i, head, b: (b, i, 0, 0)),
+            *map(whole, rows),
+            per_key_tile(),
+            per_key_tile(),
+        ],
+        out_specs=[per_key_tile(), per_key_tile()],
+        out_shape=[_like(k), _like(v)],
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
+        interpret=interpret,
+        name="block_attention_key_gradients",
+    )(ranges, *rows, k, v)
+
+
+def _query_call(kernel, shapes, q, k, tile, interpret):
+    """A program for each query tile and stack of heads; its keys are those of their kv head."""
+    batch, queries, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    positions, key_tile = tile
+    stack = stacked(heads, kv_heads)
+    tiles = queries // positions
+    chunks_per_kv_head = heads // kv_heads // stack
+
+    def whole(ndim, *shape):
+        return pl.BlockSpec((None, *shape), lambda i, chunk, b: (b,) + (0,) * (ndim - 1))
+
+    def keys():
+        block = None, k.shape[1], None, head_dim
+        return pl.BlockSpec(block, lambda i, chunk, b: (b, 0, chunk // chunks_per_kv_head, 0))
+
+    def per_query():
+        return whole(4, queries, heads, head_dim)
+
+    def per_row():
+        return whole(3, heads, queries)
+
+    bounds = whole(3, schedule.RUNS, queries)
+    # Later tiles of a half have more keys: they start first, so that no long one is left alone.
+    ranges = pl.BlockSpec(
+        (None, None, schedule.RUNS, schedule.BOUNDS), lambda i, chunk, b: (b, tiles - 1 - i, 0, 0)
+    )
+    gradient = len(shapes) == 1
+    inputs = [ranges, bounds, bounds, per_query(), keys(), keys()]
+    outputs = [per_query()] if gradient else [per_query(), per_row()]
+    return pl.pallas_call(
+        functools.partial(kernel, tiles=tiles, positions=positions, stack=stack, key_tile=key_tile),
+        grid=(tiles, heads // stack, batch),
+        in_specs=[*inputs, per_query(), per_row(), per_row()] if gradient else inputs,
+        out_specs=outputs,
+        out_shape=shapes,
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
+        interpret=interpret,
+        name=kernel.__name__.replace("_kernel", "").lstrip("_"),
+    )
+
+
+def _forward_kernel(
+    ranges_ref, starts_ref, ends_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, tiles, **tile
+):
+    position, head = _rows(tiles - 1 - pl.program_id(0), pl.program_id(1), **tile)
+    q = q_ref[position, head, :]
+    scale = q.shape[1] ** -0.5 * LOG2_E
+
+    def visit(run, key_tile, masked, carry):
+        total, top, out = carry
+        keys = pl.ds(key_tile * tile["key_tile"], tile["key_tile"])
+        score = _dot(q, k_ref[keys, :].T) * scale
+        if masked:
+            score = jnp.where(_inside(starts_ref, ends_ref, run, position, keys), score, -jnp.inf)
+        new_top = jnp.maximum(top, score.max(axis=1))
+        weight = jnp.exp2(score - new_top[:, None])
+        decay = jnp.exp2(top - new_top)
+        v = v_ref[keys, :]
+        out = out * decay[:, None] + _dot(weight.astype(v.dtype), v)
+        return total * decay + weight.sum(axis=1), new_top, out
+
+    rows = (q.shape[0],)
+    carry = jnp.zeros(rows), jnp.full(rows, NEVER), jnp.zeros(q.shape, jnp.float32)
+    total, top, out = _sweep(ranges_ref, visit, carry)
+    total = jnp.where(total > 0, total, 1.0)  # a row without keys
+    o_ref[position, head, :] = (out / total[:, None]).astype(o_ref.dtype)
+    lse_ref[head, position] = top + jnp.log2(total)
+
+
+def _query_gradient_kernel(
+    ranges_ref, starts_ref, ends_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref,
+    *, tiles, **tile,
+):  # fmt: skip
+    position, head = _rows(tiles - 1 - pl.program_id(0), pl.program_id(1), **tile)
+    q, do = q_ref[position, head, :], do_ref[position, head, :]
+    lse, delta = lse_ref[head, position], delta_ref[head, position]
+    scale = q.shape[1] ** -0.5
+
+    def visit(run, key_tile, masked, dq):
+        keys = pl.ds(key_tile * tile["key_tile"], tile["key_tile"])
+        k = k_ref[keys, :]
+        weight = jnp.exp2(_dot(q, k.T) * (scale * LOG2_E) - lse[:, None])
+        if masked:
+            weight = jnp.where(_inside(starts_ref, ends_ref, run, position, keys), weight, 0.0)
+        d_score = weight * (_dot(do, v_ref[keys, :].T) - delta[:, None])
+        return dq + _dot(d_score.astype(k.dtype), k)
+
+    dq = _sweep(ranges_ref, visit, jnp.zeros(q.shape, jnp.float32))
+    dq_ref[position, head, :] = (dq * scale).astype(dq_ref.dtype)
+
+
+def _key_gradients_kernel(
+    ranges_ref, starts_ref, ends_ref, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref,
+    dk_ref, dv_ref, *, positions, stack, chunks,
+):  # fmt: skip
+    k, v = k_ref[...], v_ref[...]
+    scale = k.shape[1] ** -0.5
+    first_chunk = pl.program_id(1) * chunks
+    keys = pl.ds(pl.program_id(0) * k.shape[0], k.shape[0])
+
+    def visit(run, query_tile, masked, carry, chunk):
+        dk, dv = carry
+        position, head = _rows(query_tile, first_chunk + chunk, positions, stack)
+        q, do = q_ref[position, head, :], do_ref[position, head, :]
+        lse, delta = lse_ref[head, position], delta_ref[head, position]
+        weight = jnp.exp2(_dot(k, q.T) * (scale * LOG2_E) - lse[None])  # [keys, rows]
+        if masked:
+            inside = _inside(starts_ref, ends_ref, run, position, keys, rows_first=False)
+            weight = jnp.where(inside, weight, 0.0)
+        dv = dv + _dot(weight.astype(do.dtype), do)
+        d_score = weight * (_dot(v, do.T) - delta[None])
+        return dk + _dot(d_score.astype(q.dtype), q), dv
+
+    carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for chunk in range(chunks):
+        carry = _sweep(ranges_ref, functools.partial(visit, chunk=chunk), carry)
+    dk, dv = carry
+    dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+def _rows(tile, chunk, positions, stack, key_tile=None):
+    """Query position and head of each row of a tile, int32 [positions * stack]."""
+    row = jnp.arange(positions * stack, dtype=jnp.int32)
+    return tile * positions + lax.div(row, stack), chunk * stack + lax.rem(row, stack)
+
+
+def _sweep(ranges_ref, visit, carry):
+    """Runs visit(run, tile, masked, carry) over the tiles without a mask, then those with one."""
+    runs, bounds = ranges_ref.shape
+    table = [[ranges_ref[run, bound] for bound in range(bounds)] for run in range(runs)]
+
+    def loop(tiles, masked, carry):
+        def step(i, carry):
+            return visit(*schedule.walk(tiles, i), masked, carry)
+
+        return lax.fori_loop(0, schedule.steps(tiles), step, carry)
+
+    carry = loop(schedule.whole_tiles(table), False, carry)
+    return loop(schedule.masked_tiles(table), True, carry)
+
+
+def _inside(starts_ref, ends_ref, run, position, keys, rows_first=True):
+    """Which keys of a tile the run of each row holds."""
+    start, end = starts_ref[run, position], ends_ref[run, position]
+    key = keys.start + jnp.arange(keys.size, dtype=jnp.int32)
+    if rows_first:
+        return (key[None] >= start[:, None]) & (key[None] < end[:, None])
+    return (key[:, None] >= start[None]) & (key[:, None] < end[None])
+
+
+def _dot(a, b):
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
