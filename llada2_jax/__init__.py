@@ -1,6 +1,9 @@
 """LLaDA2.0 (arXiv 2512.15745) in JAX: autoregressive models become block-diffusion models."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llada2_jax.engine import load
 
 __version__ = "0.1.0"
 __all__ = ["load"]
