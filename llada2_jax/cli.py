@@ -26,7 +26,7 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(
         ["usage: llada2 <command> [options]", "", "commands:", *lines, ""]
-        + ["llada2 <command> --help says what a command takes."]
+        + ["llada2 <command> --help says what a command takes; llada2 --version says its own."]
     )
 
 

@@ -26,8 +26,8 @@ examples:
   llada2 convert runs/mini/merged out/mini-hf --dtype bfloat16 --model-type llada2_moe
 
 Memory holds about one tensor (exports: and 256 MB of chunks), never a model. DST appears when all
-of it has been written.
-Multi-token prediction layers are dropped, by name. Exit status: 0, or 1 with the reason.
+of it has been written. Multi-token prediction layers are dropped, and named. Exit status: 0, or 1
+with the reason.
 """
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -49,8 +49,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("src", type=Path, help="a Hugging Face folder, a checkpoint, or a run's step")
-    p.add_argument("dst", type=Path, help="the directory to write; must not exist")
+    p.add_argument(
+        "src", type=Path, metavar="SRC", help="a Hugging Face folder, a checkpoint, or a run's step"
+    )
+    p.add_argument("dst", type=Path, metavar="DST", help="the directory to write; must not exist")
     p.add_argument("--to", choices=("orbax", "hf"), help="default: the other format than SRC's")
     p.add_argument(
         "--dtype",
@@ -58,10 +60,15 @@ def parser() -> argparse.ArgumentParser:
         help="of the weights written; default: as they came (exports: as they once came from "
         "Hugging Face). The router's bias keeps its own",
     )
-    p.add_argument("--mask-id", type=int, help="the mask token, where the tokenizer names none")
-    p.add_argument("--eos-id", type=int, help="default: from config.json or the tokenizer")
-    p.add_argument("--pad-id", type=int, help="default: from config.json or the tokenizer")
-    p.add_argument("--tokenizer", type=Path, help="take the tokenizer files of this folder")
+    for name, about in (
+        ("mask", "the mask token, where the tokenizer names none"),
+        ("eos", "default: from config.json or the tokenizer"),
+        ("pad", "default: from config.json or the tokenizer"),
+    ):
+        p.add_argument(f"--{name}-id", type=int, metavar="ID", help=about)
+    p.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="take the tokenizer files of this folder"
+    )
     p.add_argument(
         "--mask-init",
         choices=mask_embedding.CHOICES,
@@ -69,14 +76,20 @@ def parser() -> argparse.ArgumentParser:
         help="the mask's row in the embedding of an AR model: keep it, the mean of the other rows, "
         "or a normal of their mean and deviation (default: keep)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of --mask-init random (default: 0)")
+    p.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of --mask-init random (default: 0)"
+    )
     p.add_argument(
         "--model-type",
         choices=[m for m in MODEL_TYPES if not m.endswith("_veomni")],
         help="of the config.json written (default: the source's)",
     )
     p.add_argument(
-        "--shard-size", type=parse_size, default=SHARD_BYTES, help="of *.safetensors (default: 5GB)"
+        "--shard-size",
+        type=parse_size,
+        default=SHARD_BYTES,
+        metavar="SIZE",
+        help="largest *.safetensors file, e.g. 200MB (default: 5GB)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     return p

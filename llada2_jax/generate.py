@@ -21,27 +21,33 @@ from llada2_jax.sampler import RequestError
 
 _EXAMPLES = """\
 examples:
-  llada2 generate --checkpoint runs/quickstart/model --prompt 'def fibonacci(n):'
+  llada2 generate --checkpoint runs/quickstart/merged --prompt 'def fibonacci(n):'
   cat half_a_file.py | llada2 generate --checkpoint DIR --threshold 0.8
   llada2 generate --checkpoint DIR --prompts-file prompts.jsonl > completions.jsonl
   llada2 generate --checkpoint DIR --prompt 'import ' --temperature 0.7 --top-p 0.9 --seed 1
 
-Completions go to stdout, everything else to stderr. Options that are not given have the
-checkpoint's defaults, else the paper's: block size 32, threshold 0.95, greedy.
+Completions go to stdout, everything else to stderr. A sampling option that is not given has the
+checkpoint's default, else the one in brackets. Exit status: 0, or 2 with the reason.
 """
 
 # flag -> (type, what it does); each is a field of SamplerOptions
 _OPTIONS = {
     "max-new-tokens": (int, "stop after so many tokens (256)"),
-    "block-size": (int, "positions denoised together"),
-    "threshold": (float, "accept a token at once if its probability is above this"),
-    "steps": (int, "finish a block within so many forwards (default: the block size)"),
-    "temperature": (float, "0 is greedy"),
-    "top-k": (int, "sample among the k most probable; 0 is off"),
-    "top-p": (float, "sample among the most probable that make up p; 1 is off"),
-    "min-p": (float, "drop what has less than this times the highest probability; 0 is off"),
+    "block-size": (int, "positions denoised together (32)"),
+    "threshold": (float, "accept a token at once if its probability is above this (0.95)"),
+    "steps": (int, "finish a block within so many forwards (the block size)"),
+    "temperature": (float, "sample at this temperature; 0 is greedy (0)"),
+    "top-k": (int, "sample among the k most probable; 0 is off (0)"),
+    "top-p": (float, "sample among the most probable that make up p; 1 is off (1)"),
+    "min-p": (float, "drop what has less than this times the highest probability; 0 is off (0)"),
     "seed": (int, "the same seed gives the same text (0)"),
 }
+_SWITCHES = {
+    "stop-on-eos": "end a completion with its first EOS (on)",
+    "early-stop": "end it as soon as all before the EOS is accepted, inside the block (off)",
+    "fuse-commit": "commit a block in the next one's first forward, not in one of its own (off)",
+}
+_METAVARS = {int: "N", float: "X"}
 
 
 def main(argv: list[str]) -> int:
@@ -62,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
-    source = parser.add_mutually_exclusive_group()
+    source = parser.add_argument_group("prompts").add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a prompt; repeat it for more"
     )
@@ -72,27 +78,26 @@ def _parser() -> argparse.ArgumentParser:
         help='JSONL, one {"prompt": "..."} a line ("-": stdin), answered as JSONL; other fields of '
         "a line are passed on. With neither option, stdin is one prompt",
     )
+    sampling = parser.add_argument_group("sampling")
     for flag, (kind, about) in _OPTIONS.items():
-        parser.add_argument(f"--{flag}", type=kind, help=about)
-    for name, about in (
-        ("stop-on-eos", "end with the first EOS"),
-        ("early-stop", "inside a block"),
-    ):
-        parser.add_argument(
-            f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=about
+        sampling.add_argument(f"--{flag}", type=kind, metavar=_METAVARS[kind], help=about)
+    for flag, about in _SWITCHES.items():
+        sampling.add_argument(
+            f"--{flag}", action=argparse.BooleanOptionalAction, default=None, help=about
         )
-    parser.add_argument(
-        "--fuse-commit",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="commit a block in the next one's first forward",
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="answer as JSONL, with counts")
+    output.add_argument(
+        "--no-stream", action="store_true", help="decode in batches, print when all are done"
     )
-    parser.add_argument("--json", action="store_true", help="answer as JSONL, with counts")
-    parser.add_argument("--no-stream", action="store_true", help="print when a batch is complete")
-    parser.add_argument(
-        "--max-batch", type=int, default=8, help="prompts decoded together, unless streamed (8)"
+    output.add_argument(
+        "--max-batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="prompts decoded together, unless streamed (8)",
     )
-    parser.add_argument(
+    output.add_argument(
         "--compare-uncached",
         action="store_true",
         help="decode once more without a KV cache and report the ratio of the times",
@@ -103,8 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     items = _items(args)
     engine = load(args.checkpoint, max_batch=args.max_batch, **model_arguments(args))
-    names = [flag.replace("-", "_") for flag in _OPTIONS]
-    names += ["stop_on_eos", "early_stop", "fuse_commit"]
+    names = [flag.replace("-", "_") for flag in (*_OPTIONS, *_SWITCHES)]
     options = {name: getattr(args, name) for name in names}
     as_json = args.json or args.prompts_file is not None
     if as_json or args.no_stream:

@@ -17,13 +17,16 @@ class InputError(ValueError):
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--checkpoint, and what may override it; `model_arguments` reads them."""
-    group = parser.add_argument_group("the model")
+    group = parser.add_argument_group("model")
     group.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a checkpoint or Hugging Face folder"
     )
-    group.add_argument("--dtype", help="of activations, e.g. float32 (the checkpoint's)")
-    group.add_argument("--mask-id", type=int, help="for folders whose files do not say")
-    group.add_argument("--eos-id", type=int, help="for folders whose files do not say")
+    group.add_argument(
+        "--dtype", metavar="TYPE", help="of activations, e.g. float32 (the checkpoint's)"
+    )
+    for name in ("mask", "eos"):
+        about = f"the {name} token's id, for Hugging Face folders whose files do not say"
+        group.add_argument(f"--{name}-id", type=int, metavar="ID", help=about)
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -221,16 +221,25 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_CHECKPOINT")
+    p.add_argument(
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run's workdir, of which the best are chosen, or checkpoints",
+    )
     p.add_argument("--out", type=Path, required=True, help="the checkpoint to write")
     p.add_argument(
         "--top-k",
         type=int,
+        metavar="K",
         help=f"average the best so many (default: {TOP_K} where a run is named; all of the "
         "checkpoints where only checkpoints are)",
     )
-    p.add_argument("--metric", default=METRIC, help=f"what is best (default: {METRIC})")
-    p.add_argument("--mode", choices=("min", "max"), default="min", help="default: min")
+    p.add_argument("--metric", default=METRIC, help=f"what to compare (default: {METRIC})")
+    p.add_argument(
+        "--mode", choices=("min", "max"), default="min", help="what is best (default: min)"
+    )
     p.add_argument("--kind", help="compare this kind of loss (default: the newest checkpoint's)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return p

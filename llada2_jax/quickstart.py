@@ -15,14 +15,12 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 from tokenizers import Tokenizer
 
 from llada2_jax import quickstart_report
 from llada2_jax.assets import TINY_AR
-from llada2_jax.checkpoint import CheckpointError, ModelBundle, is_checkpoint
-from llada2_jax.config import ConfigError, TrainConfig, validate
+from llada2_jax.checkpoint import ModelBundle, is_checkpoint
+from llada2_jax.config import TrainConfig, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.documents import Document, documents
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
@@ -33,7 +31,7 @@ from llada2_jax.hub.streaming import Options, convert
 from llada2_jax.merge import merge_checkpoints, select_best
 from llada2_jax.metrics import read_metrics
 from llada2_jax.sampler import compile_count
-from llada2_jax.train import TrainingStopped, train
+from llada2_jax.train import MISTAKES, parse_flags, train
 from llada2_jax.train_step import evaluate, make_eval_step
 from llada2_jax.types import Batch
 
@@ -326,6 +324,7 @@ def _measure_speed(results, report: ReportConfig, cfg: TrainConfig, merged) -> N
 
 _HELP = """\
 usage: llada2 quickstart [--config=FILE] [--config.FIELD=VALUE ...] [--workdir DIR]
+                         [--print_config]
 
 The whole conversion on this machine, on real text, nothing downloaded: the Python standard
 library as corpus, a small autoregressive mixture of experts as parent, Warmup-Stable-Decay
@@ -333,8 +332,17 @@ conversion to block diffusion, top-k merge, generation, and a report with plots.
 
   --config=FILE     default configs/quickstart.py (about ten minutes on two CPU cores);
                     configs/quickstart_long.py trains the parent too and takes hours
-  --config.a.b=c    overrides a field
-  --workdir=DIR     default runs/quickstart; what is there already is resumed
+  --config.a.b=c    overrides a field; an unknown field is an error
+  --workdir=DIR     default runs/quickstart. Stopped, it goes on there: training from its last
+                    checkpoint, the measurements from their beginning
+  --print_config    prints every field with its value and stops
+
+examples:
+  llada2 quickstart
+  llada2 quickstart --workdir=runs/more --config.conversion.schedule.stable_tokens=1000000
+  llada2 quickstart --config=configs/quickstart_long.py
+
+Writes report.md, report.json and plots into the workdir. Exit status: 0, or 1 with the reason.
 """
 
 
@@ -343,15 +351,13 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(_HELP)
         return 0
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", "configs/quickstart.py", flag_values=values)
-    flags.DEFINE_string("workdir", "", "overrides config.workdir", flag_values=values)
     try:
-        values(["llada2 quickstart", *argv])
-        if values.workdir:
-            values.config.workdir = values.workdir
+        values = parse_flags("llada2 quickstart", argv, config="configs/quickstart.py")
+        if values.print_config:
+            print(values.config)
+            return 0
         run(values.config)
-    except (ConfigError, CheckpointError, TrainingStopped, flags.Error, OSError) as error:
+    except MISTAKES as error:
         print(f"llada2 quickstart: {error}", file=sys.stderr)
         return 1
     return 0

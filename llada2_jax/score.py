@@ -24,16 +24,17 @@ from llada2_jax.inputs import (
 
 _EXAMPLES = """\
 examples:
-  llada2 score --checkpoint runs/quickstart/model --file setup.py --file README.md
+  llada2 score --checkpoint runs/quickstart/merged --file setup.py --file README.md
   llada2 score --checkpoint DIR --text 'import os' --block-size 1     (exact: no sampling)
   llada2 score --checkpoint DIR --prompts-file texts.jsonl --samples 32 --json
   cat module.py | llada2 score --checkpoint DIR
   llada2 score --checkpoint AR_DIR --objective ar --file setup.py
 
 For --objective bdlm the figure is an upper bound on -log p, estimated from --samples random masks a
-row; +- is the standard error of that estimate. It is exact at block size 1, and for --objective ar.
+row; ± is the standard error of that estimate. It is exact at block size 1, and for --objective ar.
 Bounds at different block sizes are different numbers: compare models at the same one. A text
-longer than a row is scored in rows that do not see each other.
+longer than a row is scored in rows that do not see each other. Exit status: 0, or 2 with the
+reason.
 """
 
 
@@ -55,29 +56,29 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", action="append", metavar="T", help="a text; repeat it for more")
-    source.add_argument("--file", action="append", metavar="F", help="a UTF-8 file; repeatable")
+    source = parser.add_argument_group("texts").add_mutually_exclusive_group()
+    source.add_argument("--text", action="append", help="a text; repeat it for more")
+    source.add_argument("--file", action="append", help="a UTF-8 file; repeat it for more")
     source.add_argument(
         "--prompts-file",
         metavar="FILE",
         help='JSONL, one {"text": "..."} a line ("-": stdin); with --json the other fields of a '
         "line are passed on. Without a source, stdin is one text",
     )
-    parser.add_argument(
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument(
         "--objective",
         choices=("bdlm", "ar"),
         default="bdlm",
         help="the block-diffusion bound (default), or left to right for an autoregressive model",
     )
-    parser.add_argument(
-        "--block-size", type=int, help="tokens a block (the checkpoint's, else 32); not for ar"
-    )
-    parser.add_argument(
-        "--samples", type=int, help="random masks a row (8; 1 where the result is exact)"
-    )
-    parser.add_argument("--row-length", type=int, default=256, help="longest context (256)")
-    parser.add_argument("--json", action="store_true", help="JSONL, the last line the total")
+    for name, default, about in (
+        ("block-size", None, "tokens a block (the checkpoint's, else 32); not for ar"),
+        ("samples", None, "random masks a row (8; 1 where the result is exact)"),
+        ("row-length", 256, "tokens of the longest context (256)"),
+    ):
+        scoring.add_argument(f"--{name}", type=int, default=default, metavar="N", help=about)
+    scoring.add_argument("--json", action="store_true", help="JSONL, the last line the total")
     return parser
 
 

@@ -345,42 +345,48 @@ def _profile(folder: str, step: int, *, first: int = 5, steps: int = 10) -> None
         jax.profiler.stop_trace()
 
 
-# What a user can put right; OSError and AttributeError are how ml_collections says that a config
-# file, or a field of it, does not exist.
-_MISTAKES = (
-    ConfigError,
-    CheckpointError,
-    TrainingStopped,
-    flags.Error,
-    AttributeError,
-    OSError,
-)
+# What a user can put right; OSError is how ml_collections says that a config file does not exist.
+MISTAKES = (ConfigError, CheckpointError, TrainingStopped, flags.Error, OSError)
+
+
+def parse_flags(
+    command: str, argv: list[str], *, config: str | None = None, **texts: str
+) -> flags.FlagValues:
+    """The flags of a command that runs a config: --config (by default the file `config`) with its
+    overrides, --workdir, which goes into the config, --print_config, and `texts`: {name: help}.
+
+    Raises: what MISTAKES lists.
+    """
+    values = flags.FlagValues()
+    arguments = [command, *argv]  # not sys.argv, which is another caller's
+    flags.DEFINE_boolean("print_config", False, "print the config and stop", flag_values=values)
+    for name, about in {"workdir": "overrides config.workdir", **texts}.items():
+        flags.DEFINE_string(name, "", about, flag_values=values)
+    try:
+        config_flags.DEFINE_config_file("config", config, flag_values=values, sys_argv=arguments)
+        values(arguments)
+    except AttributeError as error:  # how ml_collections says that a field does not exist
+        reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error
+        raise ConfigError(f"the config has no field {reason}") from error
+    if values.config is None:
+        raise ConfigError("--config is missing: name a file of configs/")
+    if values.workdir:
+        values.config.workdir = values.workdir
+    return values
 
 
 def main(argv: list[str]) -> int:
     """`llada2 train`."""
-    values = flags.FlagValues()
-    arguments = ["llada2 train", *argv]  # not sys.argv, which is another caller's
-    config_flags.DEFINE_config_file(
-        "config", help_string=_HELP, flag_values=values, sys_argv=arguments
-    )
-    flags.DEFINE_string("workdir", "", "overrides config.workdir", flag_values=values)
-    flags.DEFINE_string("profile", "", "folder for a trace of ten warm steps", flag_values=values)
-    flags.DEFINE_boolean("print_config", False, "print the config and stop", flag_values=values)
     if not argv or {"-h", "--help"} & set(argv):
         print(_HELP)
         return 0 if argv else 2
     try:
-        values(arguments)
-        if values.config is None:
-            raise ConfigError("--config is missing: name a file of configs/")
-        if values.workdir:
-            values.config.workdir = values.workdir
+        values = parse_flags("llada2 train", argv, profile="folder for a trace of ten warm steps")
         if values.print_config:
             print(values.config)
             return 0
         train(validate(values.config), profile=values.profile)
-    except _MISTAKES as error:
+    except MISTAKES as error:
         print(f"llada2 train: {error}", file=sys.stderr)
         return 1
     return 0
@@ -400,6 +406,8 @@ Warmup-Stable-Decay conversion. A run found in the workdir is resumed, bit for b
   --print_config         prints every field with its value and stops
 
 examples:
-  llada2 train --config=configs/quickstart.py --config.schedule.stable_tokens=2000000
-  llada2 train --config=configs/ar.py --workdir=runs/ar --config.optimizer.learning_rate=2e-3
+  llada2 train --config=configs/tiny_wsd.py --config.schedule.stable_tokens=2000000
+  llada2 train --config=configs/tiny_wsd.py --workdir=runs/seed1 --config.seed=1
+
+Exit status: 0, or 1 with the reason.
 """

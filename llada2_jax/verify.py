@@ -253,8 +253,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("checkpoint", type=Path, help="a Hugging Face folder or a checkpoint of ours")
-    p.add_argument("--goldens", type=Path, help="default: CHECKPOINT/goldens.npz")
+    p.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a Hugging Face folder or a checkpoint of ours",
+    )
+    p.add_argument("--goldens", type=Path, metavar="FILE", help="default: CHECKPOINT/goldens.npz")
     return p
 
 
