@@ -1,0 +1,196 @@
+"""Block-diffusion attention for TPU, forward and backward, with work proportional to the mask.
+
+The keys of a query are two intervals (`KeyIntervals`), so the kernels know no block size, no
+document and no half: `schedule` turns intervals into windows of keys, `forward` and `backward` walk
+over the windows. Keys and values of one row and kv head stay in VMEM while all tiles of queries
+pass by. A row too long for that is cut into strips of keys, one kernel call each, that update
+output and gradients in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.block_attention.tpu.backward import backward
+from pallas_kernels.block_attention.tpu.forward import forward
+from pallas_kernels.block_attention.tpu.launch import make_strip
+from pallas_kernels.block_attention.tpu.schedule import Tiles, count_pairs, tile_bounds
+from pallas_kernels.block_layout import KeyIntervals
+
+__all__ = ["Tiles", "attend_tpu", "computed_pairs"]
+
+DEFAULT_TILES = Tiles()
+
+
+def attend_tpu(
+    q: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+    intervals: KeyIntervals,
+    *,
+    tiles: Tiles = DEFAULT_TILES,
+    interpret: bool = False,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Softmax attention of tokens to themselves, each query to the keys of its intervals.
+
+    Scale head_dim**-0.5; fp32 scores, softmax and sums; matmuls in the inputs' dtype. A query
+    without keys gives zeros and takes no gradient, and its token is taken for padding: whatever
+    its key and value hold reaches no output.
+
+    Args:
+      q, k, v: one dtype, bfloat16 or float32; heads is a multiple of kv_heads.
+      intervals: of `key_intervals`; int32, may be traced.
+      tiles: sizes to tune per chip.
+      interpret: run on any device, for tests.
+
+    Returns: the shape and dtype of q. Differentiable in q, k and v.
+    Raises: ValueError for shapes or dtypes that do not go together, and when a tile's share of
+      VMEM or the schedule's of scalar memory is too small.
+    """
+    _check(q, k, v, intervals)
+    return _attend(q, k, v, intervals, tiles, interpret)
+
+
+def computed_pairs(
+    intervals: KeyIntervals,
+    keys: int,
+    tiles: Tiles = DEFAULT_TILES,
+    *,
+    head_dim: int = 128,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> tuple[int, int]:
+    """Query-key pairs in the kernels' schedules, (forward, backward), per query head.
+
+    Summed over the batch, masked and padded pairs included; `intervals.count().sum()` is the ideal.
+    keys: length of the key axis. head_dim, dtype: decide where a long row is cut into strips.
+    """
+    forward_pairs, backward_pairs = (
+        count_pairs(intervals, keys, tiles, size) for size in _bytes_per_key(head_dim, dtype)
+    )
+    return forward_pairs, backward_pairs
+
+
+def _bytes_per_key(head_dim: int, dtype: jax.typing.DTypeLike) -> tuple[int, int]:
+    """VMEM of a resident key, forward and backward: k and v; backward also their fp32 gradients.
+    Twice, since the next row or head is fetched while this one is at work."""
+    pair = 2 * head_dim
+    operands, gradients = pair * jnp.dtype(dtype).itemsize, pair * 4
+    return 2 * operands, 2 * (operands + gradients)
+
+
+def _check(q, k, v, intervals: KeyIntervals) -> None:
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+        raise ValueError(
+            f"q {q.shape}, k {k.shape}, v {v.shape}: one batch, length and head_dim, and k like v"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads do not divide into {kv_heads} kv heads")
+    if {x.dtype for x in (q, k, v)} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float32")}):
+        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: all bfloat16 or all float32")
+    if intervals.own[0].shape != q.shape[:2]:
+        raise ValueError(f"intervals of {intervals.own[0].shape} for queries {q.shape[:2]}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, intervals, tiles, interpret):
+    return _attend_forward(q, k, v, intervals, tiles, interpret)[0]
+
+
+def _attend_forward(q, k, v, intervals, tiles, interpret):
+    kv_heads, head_dim = k.shape[2:]
+    length, count = _strips(k, tiles, _bytes_per_key(head_dim, k.dtype)[0])
+    seen = intervals.count() > 0
+    scale = head_dim**-0.5 * math.log2(math.e)
+    stacked = _stack((q.astype(jnp.float32) * scale).astype(q.dtype), seen, kv_heads, tiles)
+    k, v = (_resident(x, seen, length * count) for x in (k, v))
+    bounds = tile_bounds(intervals, tiles)
+
+    def strip(index, carry):
+        part = make_strip(index, length, count, bounds, tiles, interpret)
+        return forward(part, stacked, k, v, carry)
+
+    carry = strip(0, ())
+    if count > 1:
+        carry = lax.fori_loop(1, count, strip, carry)
+    output, lse = carry
+    output = _unstack(output, q.shape).astype(q.dtype)
+    return output, (stacked, k, v, intervals, output, lse)
+
+
+def _attend_backward(tiles, interpret, residuals, d_output):
+    q, k, v, intervals, output, lse = residuals
+    kv_heads, head_dim = k.shape[1], k.shape[3]
+    length, count = _strips(output, tiles, _bytes_per_key(head_dim, k.dtype)[1])
+    seen = intervals.count() > 0
+    k, v = (_fit(x, length * count) for x in (k, v))
+    delta = (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1, keepdims=True)
+    delta = _stack(delta, seen, kv_heads, tiles).swapaxes(-1, -2)
+    d_stacked = _stack(d_output.astype(q.dtype), seen, kv_heads, tiles)
+    bounds = tile_bounds(intervals, tiles)
+
+    def strip(index, carry):
+        part = make_strip(index, length, count, bounds, tiles, interpret)
+        d_q, d_k, d_v = backward(part, q, k, v, d_stacked, lse, delta, carry)
+        return (d_q,), (d_k, d_v)
+
+    carry, grads = strip(0, ())
+    if count > 1:
+        carry, more = lax.scan(lambda c, i: strip(i, c), carry, jnp.arange(1, count))
+        grads = jax.tree.map(_join, grads, more)
+    d_q = _unstack(carry[0], output.shape).astype(q.dtype)
+    d_k, d_v = (x[:, :, : output.shape[1]].swapaxes(1, 2) for x in grads)
+    return d_q, (d_k * math.log(2)).astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _strips(x, tiles: Tiles, bytes_per_key: int) -> tuple[int, int]:
+    """Length and number of the strips of a row's keys."""
+    keys = x.shape[1]
+    length = tiles.strip_length(keys, bytes_per_key)
+    return length, -(-keys // length)
+
+
+def _stack(x, seen, kv_heads: int, tiles: Tiles):
+    """[batch, length, heads, n] -> [batch, kv_heads, tiles, group * tile_queries, n], the query
+    heads of a kv head on top of each other, zeros where nothing is seen and at the end."""
+    batch, length, heads, n = x.shape
+    number = -(-length // tiles.queries)
+    x = jnp.where(seen[:, :, None, None], x, jnp.zeros((), x.dtype))
+    x = jnp.pad(x, ((0, 0), (0, number * tiles.queries - length), (0, 0), (0, 0)))
+    x = x.reshape(batch, number, tiles.queries, kv_heads, heads // kv_heads, n)
+    return x.transpose(0, 3, 1, 4, 2, 5).reshape(batch, kv_heads, number, -1, n)
+
+
+def _unstack(x, shape):
+    """The inverse of `_stack`, for q of this shape."""
+    batch, length, heads, n = shape
+    _, kv_heads, number, _, _ = x.shape
+    x = x.reshape(batch, kv_heads, number, heads // kv_heads, -1, n)
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, heads, n)[:, :length]
+
+
+def _resident(x, seen, keys: int):
+    """[batch, length, kv_heads, n] -> [batch, kv_heads, keys, n], zeros where nothing is seen: a
+    key that no query sees may hold NaN, and 0 * NaN would reach the sums."""
+    x = jnp.where(seen[:, :, None, None], x, jnp.zeros((), x.dtype))
+    return _fit(x.swapaxes(1, 2), keys)
+
+
+def _fit(x, keys: int):
+    """Cuts or pads the axis of keys."""
+    x = x[:, :, :keys]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, keys - x.shape[2]), (0, 0)))
+
+
+def _join(first, more):
+    """[...] of the first strip and [strips, ...] of the others -> one axis of keys."""
+    return jnp.concatenate([first, *more], axis=2)

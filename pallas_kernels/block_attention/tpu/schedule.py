@@ -1,0 +1,168 @@
+"""Which keys each tile of queries visits: two runs of windows a tile, derived at run time.
+
+A tile of neighbouring queries sees, in each of its two key intervals, a run of keys: the hull of
+what its queries see. The hull is cut into windows of `Tiles.keys`. Windows that every query of the
+tile sees completely need no mask and are taken several at a time. What no query of a tile sees
+costs it nothing, apart from the rest of the last window. So a row's schedule is
+`tiles x 2 runs x 4` integers: O(length / tile), whatever the documents.
+
+    hull of a run      [ first ................................. )
+    windows            | m | m |    wide    |    wide    | m | m |       m: one window, masked
+                       <- head ->                                        wide: several, no mask
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Int
+
+from pallas_kernels.block_layout import KeyIntervals
+
+RUNS = 2  # key intervals of a query
+FIELDS = 4  # integers that describe a run: first, head, wides, windows
+ALIGNMENT = 16  # windows begin on multiples of a bf16 sublane tile
+
+Bounds = Int[Array, "batch tiles runs 2 tile_queries"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes that trade computed pairs against the length of the inner steps.
+
+    queries: positions of a tile; a kv head's query heads are stacked on top of each other, so that
+      a matmul has `queries x group` rows. A multiple of 128.
+    keys: keys of a masked window. A multiple of 128.
+    wide: keys of an unmasked step. A multiple of `keys`.
+    resident_bytes: VMEM for keys, values and their gradients, double-buffered. It decides how many
+      keys one kernel call holds, in `strip_length`. The default suits the 64 MiB of v5p and tpu7x;
+      v5e and v6e have 128 MiB.
+    """
+
+    queries: int = 128
+    keys: int = 128
+    wide: int = 512
+    resident_bytes: int = 48 << 20
+
+    def __post_init__(self):
+        for name in ("queries", "keys"):
+            if getattr(self, name) <= 0 or getattr(self, name) % 128:
+                raise ValueError(f"Tiles.{name}={getattr(self, name)}: a positive multiple of 128")
+        if self.wide <= 0 or self.wide % self.keys:
+            raise ValueError(f"Tiles.wide={self.wide}: a positive multiple of keys={self.keys}")
+
+    def strip_length(self, keys: int, bytes_per_key: int) -> int:
+        """Keys that one kernel call holds in VMEM: the row, or an equal part of it."""
+        most = self.resident_bytes // bytes_per_key // self.keys * self.keys
+        if most == 0:
+            raise ValueError(
+                f"Tiles.resident_bytes={self.resident_bytes} holds less than {self.keys} keys of "
+                f"{bytes_per_key} bytes: raise it, or lower Tiles.keys"
+            )
+        strips = pl.cdiv(keys, most)
+        return pl.cdiv(pl.cdiv(keys, strips), self.keys) * self.keys
+
+
+def tile_bounds(intervals: KeyIntervals, tiles: Tiles) -> Bounds:
+    """Bounds [start, end) of both runs of every query, by tile. Queries added to fill the last
+    tile have no keys.
+
+    Two intervals that touch become one, so that no tile visits a window once for each.
+    """
+    (own_start, own_end), (start, end) = intervals.own, intervals.earlier
+    touch = end == own_start
+    empty = jnp.zeros_like(start)
+    runs = (
+        (start, jnp.where(touch, own_end, end)),
+        (jnp.where(touch, empty, own_start), jnp.where(touch, empty, own_end)),
+    )
+    bounds = jnp.stack([jnp.stack(run, axis=1) for run in runs], axis=1)
+    batch, *_, length = bounds.shape
+    count = pl.cdiv(length, tiles.queries)
+    bounds = jnp.pad(bounds, ((0, 0), (0, 0), (0, 0), (0, count * tiles.queries - length)))
+    bounds = bounds.reshape(batch, RUNS, 2, count, tiles.queries)
+    return bounds.transpose(0, 3, 1, 2, 4)
+
+
+def tile_runs(bounds: Bounds, keys: int, tiles: Tiles) -> Int[Array, "batch tiles runs fields"]:
+    """The windows of every tile and run; `keys`, the keys present, is a multiple of tiles.keys.
+
+    first: where the first window begins, a multiple of ALIGNMENT. head: masked windows before the
+    wide steps. wides: unmasked steps. windows: all windows, those inside the wide steps included.
+    """
+    start, end = bounds[..., 0, :], bounds[..., 1, :]
+    seen = end > start
+    low = jnp.where(seen, start, keys).min(-1) // ALIGNMENT * ALIGNMENT
+    high = jnp.where(seen, end, 0).max(-1)
+    windows = jnp.maximum(pl.cdiv(high - low, tiles.keys), 0)
+    first = jnp.minimum(low, keys - windows * tiles.keys)  # the last window ends inside the keys
+    head = pl.cdiv(jnp.maximum(start.max(-1) - first, 0), tiles.keys)
+    tail = (end.min(-1) - first) // tiles.keys
+    wides = jnp.maximum(tail - head, 0) // (tiles.wide // tiles.keys)
+    return jnp.stack([first, head, wides, windows], axis=-1)
+
+
+def clip_to_strip(bounds: Bounds, begin: int | Array, length: int) -> Bounds:
+    """Bounds relative to the strip of keys [begin, begin + length)."""
+    return jnp.clip(bounds - begin, 0, length)
+
+
+def tiles_to_visit(runs: Int[Array, "batch tiles runs fields"]):
+    """Tiles with work in every row, those first: (order [batch, tiles], counts [batch]).
+
+    A row without any visits one tile all the same, since what the kernel sums up is written by
+    the visits.
+    """
+    work = runs[..., 3].sum(-1) > 0
+    order = jnp.argsort(~work, axis=1, stable=True).astype(jnp.int32)
+    counts = jnp.maximum(work.sum(-1, dtype=jnp.int32), 1)
+    steps = jnp.arange(order.shape[1], dtype=jnp.int32)
+    last = jnp.take_along_axis(order, counts[:, None] - 1, axis=1)
+    return jnp.where(steps < counts[:, None], order, last), counts
+
+
+def visit_windows(
+    runs_ref: Any,
+    tile: Array,
+    tiles: Tiles,
+    visit: Callable[[Array, int, Array | None, Any], Any],
+    state: Any,
+) -> Any:
+    """Calls `visit(start, size, masked run or None, state) -> state` for all windows of a tile.
+
+    Inside a kernel. runs_ref: the row's `tile_runs`, flat, in scalar memory.
+    """
+
+    def one_run(run, state):
+        at = (tile * RUNS + run) * FIELDS
+        first, head, wides, windows = (runs_ref[0, at + i] for i in range(FIELDS))
+        inside = wides * (tiles.wide // tiles.keys)
+
+        def wide(i, state):
+            return visit(first + head * tiles.keys + i * tiles.wide, tiles.wide, None, state)
+
+        def masked(i, state):
+            window = i + jnp.where(i < head, 0, inside)
+            return visit(first + window * tiles.keys, tiles.keys, run, state)
+
+        state = lax.fori_loop(0, wides, wide, state)
+        return lax.fori_loop(0, windows - inside, masked, state)
+
+    return lax.fori_loop(0, RUNS, one_run, state)
+
+
+def count_pairs(intervals: KeyIntervals, keys: int, tiles: Tiles, bytes_per_key: int) -> int:
+    """Query-key pairs of one query head that the schedule computes, masked ones included."""
+    strip = tiles.strip_length(keys, bytes_per_key)
+    bounds = tile_bounds(intervals, tiles)
+    total = 0
+    for begin in range(0, keys, strip):
+        runs = tile_runs(clip_to_strip(bounds, begin, strip), strip, tiles)
+        total += int(jax.device_get(runs[..., 3].sum()))
+    return total * tiles.keys * tiles.queries
