@@ -129,8 +129,8 @@ class OptimizerConfig:
     final_fraction · learning_rate. accumulate: micro-batches a step. reset_each_phase: forget the
     moments when a phase begins. expert_bias_rate: step of the auxiliary-loss-free load balancing
     (Ling's pretraining: 1e-3; not published for the conversion; 0: the bias stays).
-    max_consecutive_skips: steps with a non-finite loss or gradient
-    are skipped; this many in a row end the run."""
+    max_consecutive_skips: this many
+    skipped steps in a row (see SpikeConfig) end the run."""
 
     learning_rate: float = 1e-3
     warmup_fraction: float = 0.02
@@ -174,11 +174,35 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """every_tokens: how often (0: at the end of phases). keep_last: newest kept.
-    keep_best: best of each phase by validation kept, for merging."""
+    keep_best: best of each phase by validation kept, for merging. keep_every_tokens: the first
+    checkpoint past each multiple is kept for good (0: none). retry_seconds: how long an operation
+    that storage refuses is tried again before the run stops. preemption_seconds: how long a
+    preempted run may take for its last checkpoint; less than the launcher's grace period."""
 
     every_tokens: int = 0
     keep_last: int = 2
     keep_best: int = 4
+    keep_every_tokens: int = 0
+    retry_seconds: float = 60.0
+    preemption_seconds: float = 25.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SpikeConfig:
+    """Steps that would do harm, and what to do: "ignore" (spikes only), "skip" the step's update,
+    "rollback" to the checkpoint before it and skip all steps since, or "stop" the run. The update
+    of a step that is not ignored is never applied.
+
+    non_finite: the loss or the gradient's norm is not a number. loss, grad_norm: it lies more than
+    `deviations` standard deviations above its moving average over about `window` steps of the same
+    phase; judged once a phase is `window` steps old. max_rollbacks: of a whole run."""
+
+    non_finite: str = "skip"
+    loss: str = "ignore"
+    grad_norm: str = "ignore"
+    deviations: float = 6.0
+    window: int = 128
+    max_rollbacks: int = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +219,9 @@ class RuntimeConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run. model: architecture when init.checkpoint is empty; else it must be empty.
-    workdir: where checkpoints, metrics and the config go; a run found there is resumed."""
+    workdir: where checkpoints, metrics and the config go; a run found there is resumed.
+    log_every: steps between looks at the metrics. wandb_project: also log to this Weights & Biases
+    project; empty: do not."""
 
     workdir: str = ""
     seed: int = 0
@@ -208,8 +234,10 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    spikes: SpikeConfig = SpikeConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     log_every: int = 10
+    wandb_project: str = ""
 
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -311,6 +339,9 @@ _CHOICES = {
     "noise.weight": ("elbo", "flat"),
     "data.block_anchor": ("document", "row"),
     "init.mask_embedding": ("keep", "mean", "random"),
+    "spikes.non_finite": ("skip", "rollback", "stop"),
+    "spikes.loss": ("ignore", "skip", "rollback", "stop"),
+    "spikes.grad_norm": ("ignore", "skip", "rollback", "stop"),
     "runtime.attention_backend": ("xla", "reference"),
     "runtime.experts_backend": ("tiles", "ragged_dot"),
     "runtime.remat": ("none", "full", "dots"),
@@ -326,6 +357,9 @@ _POSITIVE = (
     "eval.rows",
     "eval.samples",
     "checkpoint.keep_last",
+    "checkpoint.preemption_seconds",
+    "spikes.deviations",
+    "spikes.window",
     "log_every",
 )
 
