@@ -36,12 +36,18 @@ def unsupported(q, k) -> str | None:
 
 
 def default_tiles(q, k) -> Tiles:
-    """Rows and keys that fill the tensor cores and fit registers and shared memory."""
+    """128 rows forward and 64 backward, against 64 keys; half of it for rows of over 256 bytes.
+
+    The largest that need neither spilled registers nor more shared memory than an SM has on any
+    GPU since Ampere (99 KiB), at head_dim 128 in bf16.
+    """
     stack = stacked(q.shape[2], k.shape[2])
-    wide = q.shape[3] * q.dtype.itemsize > 256  # bytes a row: head_dim 128 in bf16 is not wide
-    rows, keys = (64, 32) if wide else (128, 64)
-    positions, fewer = max(1, rows // stack), max(1, rows // 2 // stack)
-    return Tiles((positions, keys), (positions, keys), (fewer, 2 * keys))
+    narrow = 1 if q.shape[3] * q.dtype.itemsize <= 256 else 2
+
+    def tile(rows):
+        return max(1, rows // narrow // stack), 64 // narrow
+
+    return Tiles(forward=tile(128), query_gradient=tile(64), key_gradients=tile(64))
 
 
 def stacked(heads: int, kv_heads: int) -> int:
@@ -53,106 +59,90 @@ def stacked(heads: int, kv_heads: int) -> int:
 def forward(q, k, v, starts, ends, ranges, *, tile, interpret):
     """Output like q, and log2 of the softmax denominators, fp32 [batch, heads, queries]."""
     batch, queries, heads, _ = q.shape
-    shapes = [_like(q), jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)]
-    call = _query_call(_forward_kernel, shapes, q, k, tile, interpret)
-    return call(ranges, starts, ends, q, k, v)
+    outputs = [_like(q), jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)]
+    call = functools.partial(_over_queries, _forward_kernel, warps=8, interpret=interpret)
+    return call(outputs, ranges, k, v, starts, ends, q, tile=tile)
 
 
 def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
     """dq, like q. `delta` is the row sum of do · o, fp32 [batch, heads, queries]."""
-    call = _query_call(_query_gradient_kernel, [_like(q)], q, k, tile, interpret)
-    return call(ranges, starts, ends, q, k, v, do, lse, delta)[0]
+    call = functools.partial(_over_queries, _query_gradient_kernel, warps=4, interpret=interpret)
+    return call([_like(q)], ranges, k, v, starts, ends, q, do, lse, delta, tile=tile)[0]
 
 
 def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
     """dk and dv, like k and v. `ranges` are those of query tiles for each key tile."""
     batch, keys, kv_heads, head_dim = k.shape
-    heads = q.shape[2]
-    _, key_tile = tile
-    stack = stacked(heads, kv_heads)
-
-    def whole(x):
-        return pl.BlockSpec((None, *x.shape[1:]), lambda i, head, b: (b,) + (0,) * (x.ndim - 1))
-
-    def per_key_tile():
-        return pl.BlockSpec((None, key_tile, None, head_dim), lambda i, head, b: (b, i, head, 0))
-
-    kernel = functools.partial(
-        _key_gradients_kernel,
-        positions=tile[0],
-        stack=stack,
-        chunks=heads // kv_heads // stack,
-    )
+    positions, key_tile = tile
+    stack = stacked(q.shape[2], kv_heads)
+    chunks = q.shape[2] // kv_heads // stack
     rows = starts, ends, q, do, lse, delta
+    per_tile = pl.BlockSpec((None, key_tile, None, head_dim), lambda i, head, b: (b, i, head, 0))
     return pl.pallas_call(
-        kernel,
+        functools.partial(_key_gradients_kernel, positions=positions, stack=stack, chunks=chunks),
         grid=(keys // key_tile, kv_heads, batch),
-        in_specs=[
-            pl.BlockSpec((None, None, *ranges.shape[2:]), lambda i, head, b: (b, i, 0, 0)),
-            *map(whole, rows),
-            per_key_tile(),
-            per_key_tile(),
-        ],
-        out_specs=[per_key_tile(), per_key_tile()],
+        in_specs=[_of_tile(ranges, lambda i: i), per_tile, per_tile, *map(_whole, rows)],
+        out_specs=[per_tile, per_tile],
         out_shape=[_like(k), _like(v)],
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
         interpret=interpret,
         name="block_attention_key_gradients",
-    )(ranges, *rows, k, v)
+    )(ranges, k, v, *rows)
 
 
-def _query_call(kernel, shapes, q, k, tile, interpret):
-    """A program for each query tile and stack of heads; its keys are those of their kv head."""
-    batch, queries, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
+def _over_queries(kernel, outputs, ranges, k, v, *rows, tile, warps, interpret):
+    """Runs a program for each query tile and stack of heads, with the keys of their kv head."""
+    batch, queries, heads, head_dim = rows[2].shape
+    keys, kv_heads = k.shape[1:3]
     positions, key_tile = tile
     stack = stacked(heads, kv_heads)
-    tiles = queries // positions
-    chunks_per_kv_head = heads // kv_heads // stack
-
-    def whole(ndim, *shape):
-        return pl.BlockSpec((None, *shape), lambda i, chunk, b: (b,) + (0,) * (ndim - 1))
-
-    def keys():
-        block = None, k.shape[1], None, head_dim
-        return pl.BlockSpec(block, lambda i, chunk, b: (b, 0, chunk // chunks_per_kv_head, 0))
-
-    def per_query():
-        return whole(4, queries, heads, head_dim)
-
-    def per_row():
-        return whole(3, heads, queries)
-
-    bounds = whole(3, schedule.RUNS, queries)
-    # Later tiles of a half have more keys: they start first, so that no long one is left alone.
-    ranges = pl.BlockSpec(
-        (None, None, schedule.RUNS, schedule.BOUNDS), lambda i, chunk, b: (b, tiles - 1 - i, 0, 0)
-    )
-    gradient = len(shapes) == 1
-    inputs = [ranges, bounds, bounds, per_query(), keys(), keys()]
-    outputs = [per_query()] if gradient else [per_query(), per_row()]
+    chunks = heads // kv_heads // stack
+    last = queries // positions - 1  # has the most keys of its half: long programs start first
+    per_head = pl.BlockSpec((None, keys, None, head_dim), lambda i, c, b: (b, 0, c // chunks, 0))
     return pl.pallas_call(
-        functools.partial(kernel, tiles=tiles, positions=positions, stack=stack, key_tile=key_tile),
-        grid=(tiles, heads // stack, batch),
-        in_specs=[*inputs, per_query(), per_row(), per_row()] if gradient else inputs,
-        out_specs=outputs,
-        out_shape=shapes,
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
+        functools.partial(kernel, last=last, positions=positions, stack=stack, key_tile=key_tile),
+        grid=(last + 1, heads // stack, batch),
+        in_specs=[_of_tile(ranges, lambda i: last - i), per_head, per_head, *map(_whole, rows)],
+        out_specs=[_whole(x) for x in outputs],
+        out_shape=outputs,
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
-        name=kernel.__name__.replace("_kernel", "").lstrip("_"),
-    )
+        name=f"block_attention{kernel.__name__.removesuffix('_kernel')}",
+    )(ranges, k, v, *rows)
+
+
+def _of_tile(ranges, order):
+    """The ranges of the tile that a program works on."""
+    return pl.BlockSpec((None, None, *ranges.shape[2:]), lambda i, head, b: (b, order(i), 0, 0))
+
+
+def _whole(x):
+    """All of a batch row: programs gather their rows from it."""
+    return pl.BlockSpec((None, *x.shape[1:]), lambda i, head, b: (b,) + (0,) * (len(x.shape) - 1))
 
 
 def _forward_kernel(
-    ranges_ref, starts_ref, ends_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, tiles, **tile
+    ranges_ref,
+    k_ref,
+    v_ref,
+    starts_ref,
+    ends_ref,
+    q_ref,
+    o_ref,
+    lse_ref,
+    *,
+    last,
+    positions,
+    stack,
+    key_tile,
 ):
-    position, head = _rows(tiles - 1 - pl.program_id(0), pl.program_id(1), **tile)
+    position, head = _rows(last - pl.program_id(0), pl.program_id(1), positions, stack)
     q = q_ref[position, head, :]
     scale = q.shape[1] ** -0.5 * LOG2_E
 
-    def visit(run, key_tile, masked, carry):
+    def visit(run, tile, masked, carry):
         total, top, out = carry
-        keys = pl.ds(key_tile * tile["key_tile"], tile["key_tile"])
+        keys = pl.ds(tile * key_tile, key_tile)
         score = _dot(q, k_ref[keys, :].T) * scale
         if masked:
             score = jnp.where(_inside(starts_ref, ends_ref, run, position, keys), score, -jnp.inf)
@@ -172,16 +162,16 @@ def _forward_kernel(
 
 
 def _query_gradient_kernel(
-    ranges_ref, starts_ref, ends_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref,
-    *, tiles, **tile,
+    ranges_ref, k_ref, v_ref, starts_ref, ends_ref, q_ref, do_ref, lse_ref, delta_ref, dq_ref,
+    *, last, positions, stack, key_tile,
 ):  # fmt: skip
-    position, head = _rows(tiles - 1 - pl.program_id(0), pl.program_id(1), **tile)
+    position, head = _rows(last - pl.program_id(0), pl.program_id(1), positions, stack)
     q, do = q_ref[position, head, :], do_ref[position, head, :]
     lse, delta = lse_ref[head, position], delta_ref[head, position]
     scale = q.shape[1] ** -0.5
 
-    def visit(run, key_tile, masked, dq):
-        keys = pl.ds(key_tile * tile["key_tile"], tile["key_tile"])
+    def visit(run, tile, masked, dq):
+        keys = pl.ds(tile * key_tile, key_tile)
         k = k_ref[keys, :]
         weight = jnp.exp2(_dot(q, k.T) * (scale * LOG2_E) - lse[:, None])
         if masked:
@@ -194,8 +184,8 @@ def _query_gradient_kernel(
 
 
 def _key_gradients_kernel(
-    ranges_ref, starts_ref, ends_ref, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref,
-    dk_ref, dv_ref, *, positions, stack, chunks,
+    ranges_ref, k_ref, v_ref, starts_ref, ends_ref, q_ref, do_ref, lse_ref, delta_ref, dk_ref,
+    dv_ref, *, positions, stack, chunks,
 ):  # fmt: skip
     k, v = k_ref[...], v_ref[...]
     scale = k.shape[1] ** -0.5
@@ -223,7 +213,7 @@ def _key_gradients_kernel(
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
 
-def _rows(tile, chunk, positions, stack, key_tile=None):
+def _rows(tile, chunk, positions, stack):
     """Query position and head of each row of a tile, int32 [positions * stack]."""
     row = jnp.arange(positions * stack, dtype=jnp.int32)
     return tile * positions + lax.div(row, stack), chunk * stack + lax.rem(row, stack)
