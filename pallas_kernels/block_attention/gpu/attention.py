@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_attention.gpu import schedule, triton
+from pallas_kernels.block_attention.gpu import mosaic, schedule, triton
 from pallas_kernels.block_attention.gpu.schedule import Tiles
 from pallas_kernels.block_layout import KeyIntervals
 
 Implementation = Literal["mosaic", "triton"]
-IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"mosaic": mosaic, "triton": triton}
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,12 @@ def choose(q, k) -> Implementation:
             f"compute capability {capability[0]}.{capability[1]}: the GPU kernels need 8.0 (Ampere)"
             " or later; use the 'xla' backend"
         )
-    reason = "not written yet"
-    _warn_once(f"block attention runs on Triton, not Mosaic GPU: {reason}")
+    reason = mosaic.unsupported(q, k)
+    if capability[0] != 9:
+        reason = f"compute capability {capability[0]}.{capability[1]} is not Hopper's 9.0"
+    if reason is None:
+        return "mosaic"
+    _warn_once(f"block attention runs on Triton, not on Mosaic GPU, which is faster: {reason}")
     return "triton"
 
 

@@ -1,0 +1,396 @@
+"""The three kernels in Pallas Mosaic GPU, for Hopper: TMA copies, wgmma, specialised warpgroups.
+
+One warpgroup copies tiles into a ring of buffers, two compute. Over the keys (forward, gradient of
+q) the two take two heads of one group at the same queries, so that they share keys and values, and
+a tile on the block diagonal or a document edge stays 64 queries small. Over the queries (gradients
+of k and v) they take two halves of a tile of keys and share queries.
+
+The ring is jax's own pipeline; what is ours is that its length and the tiles it fetches come from
+the ranges of `schedule`, in the backward pass as in the forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_attention.gpu import schedule
+from pallas_kernels.block_attention.gpu.schedule import Tiles
+
+WARPGROUPS = 2  # that compute
+ROWS = 64  # of a matrix product, for each of them
+COPY_REGISTERS = 40  # leaves the computing warpgroups 232 a thread
+STAGES = 2
+
+NEVER = -1e30  # finite, so that a row without keys has no NaN on the way to its zeros
+LOG2_E = math.log2(math.e)
+
+TILE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)  # a value for each row of a tile
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def unsupported(q, k) -> str | None:
+    """Why arrays like q and k cannot be run, or None."""
+    group = q.shape[2] // k.shape[2]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtype {q.dtype} is not bfloat16 or float16"
+    if q.shape[3] not in (64, 128):
+        return f"head_dim {q.shape[3]} is not 64 or 128"
+    if group % WARPGROUPS:
+        return f"{group} query heads a key head: an even number is needed"
+    return None
+
+
+def default_tiles(q, k) -> Tiles:
+    """64 queries of two heads; as many keys as fit registers and shared memory."""
+    return Tiles(
+        forward=(ROWS, 128), query_gradient=(ROWS, 64), key_gradients=(64, WARPGROUPS * ROWS)
+    )
+
+
+def forward(q, k, v, starts, ends, ranges, *, tile, interpret):
+    """Output like q, and log2 of the softmax denominators, fp32 [batch, heads, queries]."""
+    batch, queries, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    _, key_tile = tile
+
+    def kernel(
+        q_ref, k_ref, v_ref, starts_ref, ends_ref, ranges_ref, o_ref, lse_ref,
+        q_smem, lse_smem, loaded, turn,
+    ):  # fmt: skip
+        row, queries, head, wg, tiles, whole = _over_queries(ranges_ref)
+        q_smem, lse_smem, loaded = q_smem.at[wg], lse_smem.at[wg], loaded.at[wg]
+        scale = head_dim**-0.5 * LOG2_E
+
+        def take_turns():
+            """While one warpgroup has the tensor cores, the other does its softmax."""
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        def compute(pipeline):
+            plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, loaded)
+            total = _filled(0.0, (ROWS,), ROW)
+            top = _filled(NEVER, (ROWS,), ROW)
+            out = _filled(0.0, (ROWS, head_dim), TILE)
+            plgpu.barrier_wait(loaded)
+            pl.when(wg == 1)(take_turns)
+            total, top, out = pipeline((total, top, out))
+            pl.when(wg == 0)(take_turns)
+            total = jnp.where(total > 0.0, total, 1.0)  # a row without keys
+            q_smem[...] = (out / _rows(total, out.shape)).astype(q.dtype)
+            lse_smem[...] = top + jnp.log(total) * LOG2_E
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem, o_ref.at[row, queries, head])
+            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[row, head, queries])
+            plgpu.wait_smem_to_gmem(0)
+
+        def visit(index, k_smem, v_smem, k_free, v_free, carry):
+            (step,) = index
+            total, top, out = carry
+
+            def scores(acc):
+                plgpu.wgmma(acc, q_smem, k_smem.T)
+                take_turns()
+                return acc[...]
+
+            score = pl.run_scoped(scores, plgpu.ACC((ROWS, key_tile), jnp.float32))
+            plgpu.barrier_arrive(k_free)
+
+            def masked():
+                inside = _inside(starts_ref, ends_ref, row, queries, tiles, step, key_tile)
+                return jnp.where(inside, score, -jnp.inf)
+
+            score = lax.cond(step < whole, lambda: score, masked)
+            new_top = jnp.maximum(top, score.max(axis=1) * scale)
+            weight = jnp.exp2(score * scale - _rows(new_top, score.shape))
+            decay = jnp.exp2(top - new_top)
+            out = out * _rows(decay, out.shape)
+            total = total * decay + weight.sum(axis=1)
+            weight = weight.astype(q.dtype)
+            take_turns()
+
+            def add(acc):
+                plgpu.wgmma(acc, weight, v_smem)
+
+            out = pl.run_state(add)(plgpu.ACC.init(out))
+            plgpu.barrier_arrive(v_free)
+            return total, new_top, out
+
+        keys = _spec((key_tile, head_dim), q.dtype, lambda i: (schedule.walk(tiles, i)[1], 0))
+        _pipeline(visit, compute, (_length(tiles),), [keys, keys])(
+            *(x.at[row, :, lax.div(head, group)] for x in (k_ref, v_ref))
+        )
+
+    lse = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
+    return plgpu.kernel(
+        kernel,
+        out_type=(_like(q), lse),
+        scratch_types=[
+            _smem((WARPGROUPS, ROWS, head_dim), q.dtype),
+            plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
+        ],
+        **_launch("heads", heads // WARPGROUPS, queries // ROWS, batch, interpret),
+    )(q, k, v, starts, ends, ranges)
+
+
+def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
+    """dq, like q. `delta` is the row sum of do · o, fp32 [batch, heads, queries]."""
+    batch, queries, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    _, key_tile = tile
+
+    def kernel(
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, starts_ref, ends_ref, ranges_ref, dq_ref,
+        q_smem, do_smem, loaded,
+    ):  # fmt: skip
+        row, queries, head, wg, tiles, whole = _over_queries(ranges_ref)
+        q_smem, do_smem, loaded = q_smem.at[wg], do_smem.at[wg], loaded.at[wg]
+        scale = head_dim**-0.5
+
+        def compute(pipeline):
+            plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, loaded)
+            plgpu.copy_gmem_to_smem(do_ref.at[row, queries, head], do_smem, loaded)
+            lse, delta = (
+                plgpu.load(x.at[row, head, queries], layout=ROW, optimized=False)
+                for x in (lse_ref, delta_ref)
+            )
+            dq = _filled(0.0, (ROWS, head_dim), TILE)
+            plgpu.barrier_wait(loaded)
+            dq, _, _ = pipeline((dq, lse, delta))
+            q_smem[...] = (dq * scale).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[row, queries, head])
+            plgpu.wait_smem_to_gmem(0)
+
+        def visit(index, k_smem, v_smem, k_free, v_free, carry):
+            (step,) = index
+            dq, lse, delta = carry
+            shape = ROWS, key_tile
+            score = _product(q_smem, k_smem.T, shape)
+            weight = jnp.exp2(score * (scale * LOG2_E) - _rows(lse, shape))
+
+            def masked():
+                inside = _inside(starts_ref, ends_ref, row, queries, tiles, step, key_tile)
+                return jnp.where(inside, weight, 0.0)
+
+            weight = lax.cond(step < whole, lambda: weight, masked)
+            d_weight = _product(do_smem, v_smem.T, shape)
+            plgpu.barrier_arrive(v_free)
+            d_score = (weight * (d_weight - _rows(delta, shape))).astype(q.dtype)
+
+            def add(acc):
+                plgpu.wgmma(acc, d_score, k_smem)
+
+            dq = pl.run_state(add)(plgpu.ACC.init(dq))
+            plgpu.barrier_arrive(k_free)
+            return dq, lse, delta
+
+        keys = _spec((key_tile, head_dim), q.dtype, lambda i: (schedule.walk(tiles, i)[1], 0))
+        _pipeline(visit, compute, (_length(tiles),), [keys, keys])(
+            *(x.at[row, :, lax.div(head, group)] for x in (k_ref, v_ref))
+        )
+
+    smem = _smem((WARPGROUPS, ROWS, head_dim), q.dtype)
+    return plgpu.kernel(
+        kernel,
+        out_type=_like(q),
+        scratch_types=[smem, smem, plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)],
+        **_launch("heads", heads // WARPGROUPS, queries // ROWS, batch, interpret),
+    )(q, k, v, do, lse, delta, starts, ends, ranges)
+
+
+def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
+    """dk and dv, like k and v. `ranges` are those of query tiles for each key tile."""
+    batch, keys, kv_heads, head_dim = k.shape
+    group = q.shape[2] // kv_heads
+    query_tile, key_tile = tile
+
+    def kernel(
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, starts_ref, ends_ref, ranges_ref,
+        dk_ref, dv_ref, k_smem, v_smem, loaded,
+    ):  # fmt: skip
+        row, number, kv_head, wg = map(lax.axis_index, ("rows", "tiles", "heads", "warpgroup"))
+        tiles, whole = _tiles(ranges_ref, row, number)
+        own = pl.ds(number * key_tile + wg * ROWS, ROWS)
+        k_smem, v_smem, loaded = k_smem.at[wg], v_smem.at[wg], loaded.at[wg]
+        scale = head_dim**-0.5
+
+        def compute(pipeline):
+            plgpu.copy_gmem_to_smem(k_ref.at[row, own, kv_head], k_smem, loaded)
+            plgpu.copy_gmem_to_smem(v_ref.at[row, own, kv_head], v_smem, loaded)
+            zeros = _filled(0.0, (ROWS, head_dim), TILE)
+            plgpu.barrier_wait(loaded)
+            dk, dv = pipeline((zeros, zeros))
+            k_smem[...] = (dk * scale).astype(k.dtype)
+            v_smem[...] = dv.astype(v.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(k_smem, dk_ref.at[row, own, kv_head])
+            plgpu.copy_smem_to_gmem(v_smem, dv_ref.at[row, own, kv_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        def visit(
+            index, q_smem, do_smem, lse_smem, delta_smem,
+            q_free, do_free, lse_free, delta_free, carry,
+        ):  # fmt: skip
+            step, _ = index
+            dk, dv = carry
+            shape = ROWS, query_tile
+            lse, delta = (plgpu.load(x, layout=COLUMN) for x in (lse_smem, delta_smem))
+            plgpu.barrier_arrive(lse_free)
+            plgpu.barrier_arrive(delta_free)
+            score = _product(k_smem, q_smem.T, shape)
+            weight = jnp.exp2(score * (scale * LOG2_E) - _columns(lse, shape))
+
+            def masked():
+                run, query = schedule.walk(tiles, step)
+                at = row, run, pl.ds(query * query_tile, query_tile)
+                start, end = (
+                    _columns(plgpu.load(x.at[at], layout=COLUMN, optimized=False), shape)
+                    for x in (starts_ref, ends_ref)
+                )
+                key = own.start + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
+                return jnp.where((key >= start) & (key < end), weight, 0.0)
+
+            weight = lax.cond(step < whole, lambda: weight, masked)
+
+            def add(accs):
+                dv_acc, d_weight_acc = accs
+                plgpu.wgmma(dv_acc, weight.astype(q.dtype), do_smem)
+                plgpu.wgmma(d_weight_acc, v_smem, do_smem.T)
+
+            zeros = _filled(0.0, shape, TILE)
+            dv, d_weight = pl.run_state(add)((plgpu.ACC.init(dv), plgpu.ACC.init(zeros)))
+            plgpu.barrier_arrive(do_free)
+            d_score = (weight * (d_weight - _columns(delta, shape))).astype(q.dtype)
+
+            def add_dk(acc):
+                plgpu.wgmma(acc, d_score, q_smem)
+
+            dk = pl.run_state(add_dk)(plgpu.ACC.init(dk))
+            plgpu.barrier_arrive(q_free)
+            return dk, dv
+
+        def at(step, member):
+            return schedule.walk(tiles, step)[1], kv_head * group + member
+
+        block = query_tile, None, head_dim
+        per_query = _spec(block, q.dtype, lambda i, member: (*at(i, member), 0))
+        per_row = plgpu.BlockSpec((None, query_tile), lambda i, member: at(i, member)[::-1])
+        grid = _length(tiles), group
+        _pipeline(visit, compute, grid, [per_query, per_query, per_row, per_row])(
+            *(x.at[row] for x in (q_ref, do_ref, lse_ref, delta_ref))
+        )
+
+    smem = _smem((WARPGROUPS, ROWS, head_dim), k.dtype)
+    return plgpu.kernel(
+        kernel,
+        out_type=(_like(k), _like(v)),
+        scratch_types=[smem, smem, plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)],
+        **_launch("heads", kv_heads, keys // key_tile, batch, interpret),
+    )(q, k, v, do, lse, delta, starts, ends, ranges)
+
+
+def _launch(*grid_and_interpret):
+    heads_name, heads, tiles, rows, interpret = grid_and_interpret
+    return dict(
+        grid=(heads, tiles, rows),
+        grid_names=(heads_name, "tiles", "rows"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+
+
+def _over_queries(ranges_ref):
+    """Where a warpgroup of a kernel over queries works: row, queries, head; and its tiles."""
+    row, number, pair, wg = map(lax.axis_index, ("rows", "tiles", "heads", "warpgroup"))
+    number = ranges_ref.shape[1] - 1 - number  # later tiles of a half have more keys: they go first
+    tiles, whole = _tiles(ranges_ref, row, number)
+    return row, pl.ds(number * ROWS, ROWS), pair * WARPGROUPS + wg, wg, tiles, whole
+
+
+def _tiles(ranges_ref, row, number):
+    """(run, from, to) of the tiles to visit, those without a mask first, and how many those are."""
+    runs, bounds = ranges_ref.shape[2:]
+    table = [
+        [ranges_ref[row, number, run, bound] for bound in range(bounds)] for run in range(runs)
+    ]
+    whole = schedule.whole_tiles(table)
+    return whole + schedule.masked_tiles(table), schedule.steps(whole)
+
+
+_length = schedule.steps
+
+
+def _pipeline(visit, compute, grid, specs):
+    return plgpu.emit_pipeline_warp_specialized(
+        visit,
+        grid=grid,
+        in_specs=specs,
+        max_concurrent_steps=STAGES,
+        num_compute_wgs=WARPGROUPS,
+        memory_registers=COPY_REGISTERS,
+        wg_axis="warpgroup",
+        manual_consumed_barriers=True,
+        compute_context=compute,
+    )
+
+
+def _inside(starts_ref, ends_ref, row, queries, tiles, step, key_tile):
+    """Which keys of a step's tile the run of each query holds."""
+    shape = ROWS, key_tile
+    run, tile = schedule.walk(tiles, step)
+    start, end = (
+        _rows(plgpu.load(x.at[row, run, queries], layout=ROW, optimized=False), shape)
+        for x in (starts_ref, ends_ref)
+    )
+    key = tile * key_tile + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+    return (key >= start) & (key < end)
+
+
+def _product(a, b, shape):
+    def multiply(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def _filled(value, shape, layout):
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _rows(x, shape):
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def _columns(x, shape):
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def _transforms(dtype):
+    """Tiles of 8 rows by 128 bytes, swizzled: what wgmma reads without bank conflicts."""
+    elements = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128)
+
+
+def _smem(shape, dtype):
+    return plgpu.SMEM(shape, dtype, transforms=_transforms(dtype))
+
+
+def _spec(block, dtype, index_map):
+    return plgpu.BlockSpec(block, index_map, transforms=_transforms(dtype))
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
