@@ -38,12 +38,22 @@ class InitConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """source: "stdlib" (the interpreter's own library) or a folder of Python files.
+    sources: folders from `llada2 data prepare`; if there are any, they are the data, not `source`.
+    weights: share of rows for each of sources; (): as many as each fills in an epoch.
+    packing: "concat" cuts the stream of documents into rows; "best_fit" keeps documents whole, each
+    rounded up to pad_multiple tokens (row_length: a row each). long_documents: what becomes of
+    documents beyond a row under best_fit, "skip" or "split".
     tokenizer: folder with tokenizer.json; empty: the starting checkpoint's.
     row_length: tokens a row. rows_per_step: rows a step, over all micro-batches.
     document_mask: documents of a row do not see each other. block_anchor: "document" or "row".
     random_length_fraction: share of rows cut in two at random (§4.2)."""
 
     source: str = "stdlib"
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    packing: str = "concat"
+    pad_multiple: int = 32
+    long_documents: str = "skip"
     tokenizer: str = ""
     row_length: int = 256
     rows_per_step: int = 16
@@ -338,6 +348,8 @@ _CHOICES = {
     "noise.draw": ("count", "bernoulli"),
     "noise.weight": ("elbo", "flat"),
     "data.block_anchor": ("document", "row"),
+    "data.packing": ("concat", "best_fit"),
+    "data.long_documents": ("skip", "split"),
     "init.mask_embedding": ("keep", "mean", "random"),
     "spikes.non_finite": ("skip", "rollback", "stop"),
     "spikes.loss": ("ignore", "skip", "rollback", "stop"),
@@ -351,6 +363,7 @@ _CHOICES = {
 _POSITIVE = (
     "data.row_length",
     "data.rows_per_step",
+    "data.pad_multiple",
     "optimizer.accumulate",
     "optimizer.learning_rate",
     "optimizer.max_consecutive_skips",
@@ -394,6 +407,7 @@ def _check(cfg: TrainConfig) -> None:
         f"config.data.rows_per_step={cfg.data.rows_per_step} is not a multiple of "
         f"config.optimizer.accumulate={cfg.optimizer.accumulate}",
     )
+    _check_data(cfg)
     _require(
         0 <= cfg.noise.t_min < cfg.noise.t_max <= 1,
         f"config.noise: need 0 <= t_min < t_max <= 1, got {cfg.noise.t_min}, {cfg.noise.t_max}",
@@ -414,3 +428,31 @@ def _check(cfg: TrainConfig) -> None:
                 1 <= block <= cfg.data.row_length and cfg.data.row_length % block == 0,
                 f"{where}_blocks: {block} must divide config.data.row_length={cfg.data.row_length}",
             )
+
+
+def _check_data(cfg: TrainConfig) -> None:
+    data, default = cfg.data, DataConfig()
+    _require(
+        not data.sources or data.source == default.source,
+        f"config.data.source={data.source!r} is not read where config.data.sources is set: "
+        "prepare it, and add the folder to sources",
+    )
+    _require(
+        len(data.weights) in (0, len(data.sources)) and all(w > 0 for w in data.weights),
+        f"config.data.weights={data.weights}: one positive number for each of "
+        f"config.data.sources={data.sources}, or ()",
+    )
+    if data.packing == "concat":
+        return
+    _require(
+        data.document_mask == default.document_mask
+        and data.random_length_fraction == default.random_length_fraction,
+        "config.data.document_mask and config.data.random_length_fraction belong to "
+        "config.data.packing='concat'",
+    )
+    for block in {p.block_size for p in cfg.phases if p.objective == "bdlm"}:
+        _require(
+            data.pad_multiple % block == 0 and data.row_length % data.pad_multiple == 0,
+            f"config.data.pad_multiple={data.pad_multiple} must be a multiple of each block size "
+            f"({block}) and divide config.data.row_length={data.row_length}",
+        )

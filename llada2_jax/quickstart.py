@@ -134,13 +134,15 @@ def _corpus(config) -> Corpus:
 
 def _describe_corpus(corpus: Corpus) -> dict[str, Any]:
     def split(part):
+        texts = (part.read(i, 0, int(n))[0] for i, n in enumerate(part.lengths))
         return {
             "documents": len(part.ids),
-            "tokens": len(part.tokens),
-            "bytes": int(corpus.token_bytes[part.tokens].sum()),
+            "tokens": int(part.lengths.sum()),
+            "bytes": sum(int(corpus.token_bytes[tokens].sum()) for tokens in texts),
         }
 
-    return {"train": split(corpus.train), "validation": split(corpus.validation)}
+    [source] = corpus.sources
+    return {"train": split(source.train), "validation": split(source.validation)}
 
 
 def _merge(work: Path, top_k: int, results: dict) -> tuple[ModelBundle, ModelBundle]:
@@ -162,7 +164,7 @@ def _measure_likelihood(
     results, report: ReportConfig, corpus: Corpus, cfg: TrainConfig, ar, best, merged
 ) -> None:
     """Bits per byte on the same validation bytes: AR, and the diffusion models by block size."""
-    batches = corpus.validation_batches(cfg.data.row_length, report.eval_rows, 8)
+    batches = corpus.validation_batches(cfg.data, report.eval_rows, 8)
 
     def score(bundle: ModelBundle, objective: str, block_size: int) -> dict[str, float]:
         contexts = validation_contexts(

@@ -170,7 +170,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         if corpus is None:
             tokenizer = Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
             corpus = load_corpus(cfg.data, tokenizer, bundle.special)
-        validation = corpus.validation_batches(cfg.data.row_length, cfg.eval.rows, rows)
+        validation = corpus.validation_batches(cfg.data, cfg.eval.rows, rows)
     except ValueError as error:  # a source that is not there, or too few rows to validate on
         raise ConfigError(f"config: {error}") from error
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint)

@@ -95,12 +95,15 @@ class SpecialTokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Clean packed rows, as the loader yields them; all int32 [B, L].
+    """Clean packed rows, as the loader yields them; all [B, L], int32 unless said otherwise.
 
     tokens: clean ids. segment_ids: document within the row, from 1; 0 is padding.
     positions: restart at each document of the row. loss_mask: bool, what may be supervised.
     document_ids: stable id of the source document; document_positions: offset in that document;
-    visits: how often the document has been seen before (the epoch).
+    visits: how often the document has been seen before (the epoch). loss_weights: fp32, what each
+    token's loss weighs; None: 1 wherever loss_mask is. preference: 1 in the chosen and -1 in the
+    rejected text of a pair, 0 in padding; both texts are segments of one row and have one document
+    id, the pair's. None: rows that hold no pairs.
     """
 
     tokens: Int[HostOrDevice, "B L"]
@@ -110,6 +113,8 @@ class Batch:
     document_ids: Int[HostOrDevice, "B L"]
     document_positions: Int[HostOrDevice, "B L"]
     visits: Int[HostOrDevice, "B L"]
+    loss_weights: Float[HostOrDevice, "B L"] | None = None
+    preference: Int[HostOrDevice, "B L"] | None = None
 
 
 @jax.tree_util.register_dataclass

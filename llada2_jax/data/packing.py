@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,17 +18,59 @@ from tokenizers import Tokenizer
 from llada2_jax.data.documents import Document
 
 
+class Documents(Protocol):
+    """Random access to tokenized documents, which is all that packing asks for.
+
+    ids: int32 [docs]. lengths: int64 [docs], in tokens. chosen: int64 [docs], length of the first
+    of two texts (a preference pair), or 0. first_supervised: int64 [docs], offset of the first
+    token with a loss weight. weighted: whether there are weights other than 0 and 1. paired:
+    whether the documents are pairs.
+    """
+
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def lengths(self) -> np.ndarray: ...
+    @property
+    def chosen(self) -> np.ndarray: ...
+    @property
+    def first_supervised(self) -> np.ndarray: ...
+    @property
+    def weighted(self) -> bool: ...
+    @property
+    def paired(self) -> bool: ...
+
+    def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int32) and loss weights (fp32) of [start, stop) of a document."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizedDocuments:
-    """tokens: all documents, one after the other. ids, offsets: of each ([docs], [docs + 1])."""
+    """Documents in memory. tokens: all of them, one after the other. ids, offsets: of each ([docs],
+    [docs + 1])."""
 
     tokens: np.ndarray
     ids: np.ndarray
     offsets: np.ndarray
+    weighted = False
+    paired = False
 
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def chosen(self) -> np.ndarray:
+        return np.zeros(len(self.ids), np.int64)
+
+    @property
+    def first_supervised(self) -> np.ndarray:
+        return np.zeros(len(self.ids), np.int64)
+
+    def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        first = int(self.offsets[document])
+        return self.tokens[first + start : first + stop], np.ones(stop - start, np.float32)
 
 
 def tokenize(
@@ -53,11 +96,11 @@ class PackedRows:
 
     shuffle=False keeps the documents' order (validation). document_mask=False makes a row one
     segment with running positions. random_length_fraction: share of rows cut in two at a random
-    point, so that shorter contexts are seen (paper §4.2). `bos`
-    opens a document and nothing predicts it.
+    point, so that shorter contexts are seen (paper §4.2). `bos` opens a document and nothing
+    predicts it. weighted: rows have loss_weights.
     """
 
-    documents: TokenizedDocuments
+    documents: Documents
     row_length: int
     num_rows: int
     seed: int
@@ -65,13 +108,27 @@ class PackedRows:
     shuffle: bool = True
     document_mask: bool = True
     random_length_fraction: float = 0.0
+    weighted: bool = False
 
     def __len__(self) -> int:
         return self.num_rows
 
-    @property
+    @functools.cached_property
     def epoch_tokens(self) -> int:
-        return int(self.documents.offsets[-1])
+        return int(self._lengths.sum())
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.documents.lengths
+
+    @property
+    def epoch_rows(self) -> int:
+        """Whole rows that an epoch fills."""
+        return self.epoch_tokens // self.row_length
+
+    def report(self) -> dict[str, float]:
+        """documents, rows of an epoch, and the share of a row that is documents."""
+        return {"documents": len(self.documents.ids), "rows": self.epoch_rows, "fill": 1.0}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """The fields of types.Batch for one row, each [row_length]."""
@@ -87,9 +144,11 @@ class PackedRows:
         fields["segment_ids"] = np.repeat(np.arange(1, len(starts) + 1), sizes).astype(np.int32)
         fields["positions"] = np.arange(self.row_length, dtype=np.int32)
         fields["positions"] -= np.repeat(starts, sizes).astype(np.int32)
-        fields["loss_mask"] = np.ones(self.row_length, bool)
         if self.bos is not None:
-            fields["loss_mask"] = fields["tokens"] != self.bos
+            fields["loss_weights"] *= fields["tokens"] != self.bos
+        fields["loss_mask"] = fields["loss_weights"] > 0
+        if not self.weighted:
+            del fields["loss_weights"]
         return fields
 
     def _random_cut(self, row: int, segments: np.ndarray) -> np.ndarray:
@@ -108,13 +167,14 @@ class PackedRows:
             epoch, offset = divmod(start, self.epoch_tokens)
             order, ends = self._epoch(epoch if self.shuffle else 0)
             slot = int(np.searchsorted(ends, offset, side="right"))
-            document = order[slot]
-            size = int(self.documents.lengths[document])
+            document = int(order[slot])
+            size = int(self._lengths[document])
             inside = offset - (int(ends[slot]) - size)
             take = min(size - inside, end - start)
-            first = int(self.documents.offsets[document]) + inside
+            tokens, weights = self.documents.read(document, inside, inside + take)
             yield {
-                "tokens": self.documents.tokens[first : first + take],
+                "tokens": tokens,
+                "loss_weights": weights,
                 "document_ids": np.full(take, self.documents.ids[document], np.int32),
                 "document_positions": np.arange(inside, inside + take, dtype=np.int32),
                 "visits": np.full(take, epoch, np.int32),
@@ -128,7 +188,7 @@ class PackedRows:
         order = np.arange(count)
         if self.shuffle:
             order = np.random.default_rng((self.seed, 0, epoch)).permutation(count)
-        return order, np.cumsum(self.documents.lengths[order])
+        return order, np.cumsum(self._lengths[order])
 
     def __hash__(self) -> int:
         return id(self)

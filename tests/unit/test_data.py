@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from llada2_jax.config import DataConfig
-from llada2_jax.data.corpus import Corpus
+from llada2_jax.data.corpus import Corpus, Source
 from llada2_jax.data.documents import Document, documents, python_files, split_of, stable_hash
 from llada2_jax.data.loader import batches, validation_batches
+from llada2_jax.data.mixing import ShuffledRows
 from llada2_jax.data.packing import PackedRows, TokenizedDocuments, tokenize
 from llada2_jax.data.tokenizer import (
     EOS,
@@ -40,6 +41,10 @@ def rows_of(num_rows=40, seed=0, **changes) -> PackedRows:
     return PackedRows(DOCUMENTS, ROW, num_rows, seed, BOS_ID, **changes)
 
 
+def corpus_of(special) -> Corpus:
+    return Corpus((Source("a", DOCUMENTS, DOCUMENTS),), np.ones(10_000, np.int32), special)
+
+
 def stream(rows, name, count=None):
     return np.concatenate([rows[i][name] for i in range(len(rows) if count is None else count)])
 
@@ -65,23 +70,39 @@ def test_a_row_depends_on_its_number_alone():
 
 @pytest.mark.parametrize("first_step", [0, 3, 9])
 def test_batches_from_a_step_on_are_those_of_a_fresh_reader(first_step):
-    everything = list(batches(rows_of(), rows_per_step=4, first_step=0))
-    resumed = list(batches(rows_of(), rows_per_step=4, first_step=first_step))
+    rows = ShuffledRows(rows_of(), 0)
+    everything = list(batches(rows, rows_per_step=4, first_step=0))
+    resumed = list(batches(rows, rows_per_step=4, first_step=first_step))
     assert len(everything) == 10 and len(resumed) == 10 - first_step
     for a, b in zip(everything[first_step:], resumed, strict=True):
         same(dataclasses.asdict(a), dataclasses.asdict(b))
 
 
-def test_steps_mix_rows_of_all_the_run_and_leave_none_out():
-    taken = [
-        row
-        for batch in batches(rows_of(), rows_per_step=4, first_step=0)
-        for row in zip(batch.visits.tolist(), batch.tokens.tolist(), strict=True)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_read_their_stretches_of_the_same_batches(processes):
+    rows = ShuffledRows(rows_of(), 0)
+    whole = list(batches(rows, rows_per_step=4, first_step=3))
+    parts = [
+        list(batches(rows, rows_per_step=4, first_step=3, process_index=p, process_count=processes))
+        for p in range(processes)
     ]
-    inorder = [
-        (r["visits"].tolist(), r["tokens"].tolist()) for r in map(rows_of().__getitem__, range(40))
-    ]
-    assert taken != inorder and sorted(taken) == sorted(inorder)
+    for step, batch in enumerate(whole):
+        joined = np.concatenate([part[step].tokens for part in parts])
+        np.testing.assert_array_equal(joined, batch.tokens)
+    with pytest.raises(ValueError, match="rows_per_step=4 does not divide among 3 processes"):
+        next(batches(rows, rows_per_step=4, first_step=0, process_count=3))
+
+
+def test_shuffling_mixes_the_rows_of_an_epoch_and_keeps_epochs_apart():
+    inorder, shuffled = rows_of(36), ShuffledRows(rows_of(36), 0)  # four and a half epochs
+    orders = []
+    for epoch in range(5):
+        numbers = range(8 * epoch, min(8 * epoch + 8, 36))
+        key = [tuple(inorder[i]["tokens"]) + tuple(inorder[i]["visits"]) for i in numbers]
+        got = [tuple(shuffled[i]["tokens"]) + tuple(shuffled[i]["visits"]) for i in numbers]
+        assert sorted(got) == sorted(key)
+        orders.append([key.index(g) for g in got])
+    assert orders[0] != list(range(8)) and len(set(map(tuple, orders))) == 5
 
 
 def test_every_token_comes_once_an_epoch():
@@ -170,8 +191,9 @@ def test_random_lengths_cut_their_share_of_rows_in_two(document_mask):
 
 def test_validation_rows_are_fixed_and_spread_over_the_split():
     special = SpecialTokens(mask=0, eos=EOS_ID, pad=EOS_ID, bos=BOS_ID)
-    corpus = Corpus(DOCUMENTS, DOCUMENTS, np.ones(10_000, np.int32), special)
-    a, b = corpus.validation_batches(ROW, 4, 2), corpus.validation_batches(ROW, 4, 2)
+    corpus = corpus_of(special)
+    cfg = DataConfig(row_length=ROW, document_mask=False, random_length_fraction=1.0)
+    a, b = corpus.validation_batches(cfg, 4, 2), corpus.validation_batches(cfg, 4, 2)
     assert len(a) == 2
     for x, y in zip(a, b, strict=True):
         same(dataclasses.asdict(x), dataclasses.asdict(y))
@@ -181,17 +203,18 @@ def test_validation_rows_are_fixed_and_spread_over_the_split():
     np.testing.assert_array_equal(first_rows, DOCUMENTS.tokens.reshape(8, ROW)[[0, -1]])
     rows = rows_of(shuffle=False)
     with pytest.raises(ValueError, match=r"eval\.rows=10, but the validation split holds 8"):
-        validation_batches(rows, num_rows=10, rows_per_step=2)
+        validation_batches([(rows, 10)], num_rows=10, rows_per_step=2)
     with pytest.raises(ValueError, match=r"eval\.rows=3 is not a multiple of 2"):
-        validation_batches(rows, num_rows=3, rows_per_step=2)
+        validation_batches([(rows, 3)], num_rows=3, rows_per_step=2)
 
 
 def test_training_rows_follow_the_config():
     special = SpecialTokens(mask=0, eos=EOS_ID, pad=EOS_ID, bos=BOS_ID)
-    corpus = Corpus(DOCUMENTS, DOCUMENTS, np.ones(10_000, np.int32), special)
+    corpus = corpus_of(special)
     cfg = DataConfig(row_length=ROW, document_mask=False, random_length_fraction=0.25)
     rows = corpus.training_rows(cfg, 7, 3)
-    assert rows == rows_of(7, 3, document_mask=False, random_length_fraction=0.25)
+    want = rows_of(7, 3, document_mask=False, random_length_fraction=0.25)
+    assert rows == ShuffledRows(want, 3)
 
 
 # ---------------------------------------------------------------------------------- tokenizer

@@ -1,0 +1,90 @@
+"""What one row of a source becomes: token ids, what their loss weighs, and where a pair divides."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# Why a row cannot be used. The manifest counts rows by these names.
+BAD_ROW_KINDS = {
+    "not_json": "the line is not a JSON object",
+    "not_utf8": "the text is not valid Unicode",
+    "wrong_type": "a field is missing or of another type than the content asks for",
+    "empty": "there is no text",
+    "no_assistant_turn": "no message is from the assistant, or none has a weight",
+    "template": "the chat template refuses the messages, or cannot say where turns begin",
+    "prompt_fills_row": "no supervised token lies within a row",
+    "id_out_of_range": "a token id is negative or beyond the vocabulary",
+    "mask_token": "the text or the ids hold the mask token",
+    "special_token": "a message's text holds another special token",
+    "same_answers": "chosen and rejected are equal",
+}
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. kind: a name of BAD_ROW_KINDS."""
+
+    def __init__(self, kind: str, message: str):
+        if kind not in BAD_ROW_KINDS:
+            raise KeyError(f"{kind!r} is not a kind of bad row: {', '.join(BAD_ROW_KINDS)}")
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """tokens: int32 [n]. weights: fp32 [n], of each token's loss; 0 is not supervised. chosen: a
+    preference pair is two texts one after the other, and the first has this many tokens; 0: one
+    text."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    chosen: int = 0
+
+    @property
+    def first_supervised(self) -> int:
+        """Offset of the first token with a weight; the length if there is none."""
+        at = np.flatnonzero(self.weights)
+        return int(at[0]) if len(at) else len(self.tokens)
+
+
+Encoder = Callable[[dict[str, Any]], Example]
+"""Maps a row to an Example; raises BadRow."""
+
+_HEADER = struct.Struct("<II")  # tokens, runs of equal weight
+
+
+def encode_record(example: Example, dtype: np.dtype) -> bytes:
+    """Tokens as `dtype` (little endian), weights as runs of (end, weight)."""
+    weights = example.weights.astype("<f4")
+    ends = np.append(np.flatnonzero(np.diff(weights)) + 1, len(weights))
+    return b"".join(
+        [
+            _HEADER.pack(len(example.tokens), len(ends)),
+            ends.astype("<u4").tobytes(),
+            weights[ends - 1].tobytes(),
+            example.tokens.astype(dtype).tobytes(),
+        ]
+    )
+
+
+def decode_record(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32, weights fp32) of `encode_record`.
+
+    Raises: ValueError for bytes that are no record.
+    """
+    size, runs = _HEADER.unpack_from(record) if len(record) >= _HEADER.size else (0, 0)
+    at = _HEADER.size + 8 * runs
+    if not runs or len(record) != at + size * dtype.itemsize:
+        raise ValueError(f"not a record of tokens: {len(record)} bytes, {size} tokens announced")
+    ends = np.frombuffer(record, "<u4", runs, _HEADER.size).astype(np.int64)
+    weights = np.frombuffer(record, "<f4", runs, _HEADER.size + 4 * runs)
+    sizes = np.diff(ends, prepend=0)
+    if ends[-1] != size or (sizes < 0).any():
+        raise ValueError(f"not a record of tokens: runs of weights end at {ends[-1]}, not {size}")
+    tokens = np.frombuffer(record, dtype, size, at).astype(np.int32)
+    return tokens, np.repeat(weights, sizes)

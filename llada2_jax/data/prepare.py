@@ -1,0 +1,370 @@
+"""A source, tokenized once: ArrayRecord shards, an index, and a manifest that accounts for it all.
+
+Each unit of the source becomes a shard of its own for each split, whichever process makes it, and
+counts as done when its `.json` is there. So the output does not depend on the number of processes,
+and a run that was stopped goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tokenizers import Tokenizer
+
+from llada2_jax.data.documents import stable_hash
+from llada2_jax.data.encoders import EncodeOptions, make_encoder
+from llada2_jax.data.examples import BAD_ROW_KINDS, BadRow, Encoder, Example, encode_record
+from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve_format
+from llada2_jax.types import SpecialTokens
+
+FORMAT_VERSION = 1
+MANIFEST, PLAN = "manifest.json", "plan.json"
+SPLITS = ("train", "validation")
+# Long texts are kept in records of this many tokens, so that a row never reads megabytes.
+CHUNK_TOKENS = 1 << 16
+# Fractions of bad rows are judged once this many rows were read, and at the end.
+ROWS_TO_JUDGE = 1000
+EXAMPLES_KEPT = 5
+
+INDEX = np.dtype(
+    [
+        ("id", "<i4"),  # stable hash of the row's name
+        ("row", "<u4"),  # number in its unit, to find it again
+        ("tokens", "<u4"),
+        ("chosen", "<u4"),  # of a pair: tokens of the first text
+        ("first_supervised", "<u4"),
+        ("supervised", "<u4"),  # tokens with a weight
+    ]
+)
+
+
+class PrepareError(RuntimeError):
+    """Preparation cannot go on; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that decides the output, bit for bit; and max_bad_fraction: the share of rows that may be
+    bad (skipped and counted). validation_percent: share of rows, by the hash of their names, that
+    goes to the validation split."""
+
+    source: SourceSpec
+    encode: EncodeOptions
+    tokenizer_files: Mapping[str, str]
+    special: SpecialTokens
+    max_bad_fraction: float = 0.001
+    validation_percent: float = 2.0
+
+    @property
+    def vocab_size(self) -> int:
+        return Tokenizer.from_str(self.tokenizer_files["tokenizer.json"]).get_vocab_size()
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of the job: JSON, and equal for equal outputs."""
+        template = self.tokenizer_files.get("chat_template.jinja", "")
+        template += self.tokenizer_files.get("tokenizer_config.json", "")
+        described = {
+            "version": FORMAT_VERSION,
+            "source": dataclasses.asdict(self.source),
+            "encode": dataclasses.asdict(self.encode),
+            "tokenizer": {
+                "sha256": tokenizer_hash(self.tokenizer_files["tokenizer.json"]),
+                "vocab_size": self.vocab_size,
+            },
+            "special": dataclasses.asdict(self.special),
+            "validation_percent": self.validation_percent,
+        }
+        if self.encode.content in ("chat", "preference") and self.encode.template == "tokenizer":
+            described["template_sha256"] = hashlib.sha256(template.encode()).hexdigest()
+        return described
+
+
+def tokenizer_hash(tokenizer_json: str) -> str:
+    """SHA-256 of a tokenizer, whatever the layout of its file."""
+    return hashlib.sha256(Tokenizer.from_str(tokenizer_json).to_str().encode()).hexdigest()
+
+
+def prepare(
+    job: Job,
+    folder: str | Path,
+    *,
+    processes: int = 0,
+    progress: Callable[[list[Unit], Iterator[dict]], Iterator[dict]] | None = None,
+) -> dict[str, Any]:
+    """Writes `folder`, or finishes it; returns the manifest.
+
+    Args:
+      processes: workers; 0: one for each core.
+      progress: wraps the stream of unit reports (a progress bar); it sees the units still to do.
+
+    Raises: SourceError, TemplateError, PrepareError (too many bad rows, another job's folder).
+    """
+    if "://" in str(folder):
+        raise PrepareError(
+            f"{folder}: ArrayRecord files are written to disks; prepare into a local folder and "
+            "copy it (gcloud storage rsync), or mount the bucket (gcsfuse)"
+        )
+    job = dataclasses.replace(job, source=resolve_format(job.source))
+    make_encoder(job.encode, dict(job.tokenizer_files), job.special)  # fails here, not in a worker
+    folder = Path(folder)
+    units = plan(job.source)
+    _record_plan(folder, job, units)
+    done = {i for i in range(len(units)) if (folder / f"{i:05d}.json").exists()}
+    left = [i for i in range(len(units)) if i not in done]
+    tally = Tally(job)
+    for i in sorted(done):
+        tally.add(json.loads((folder / f"{i:05d}.json").read_text()))
+    reports = _run(job, units, left, folder, processes or os.cpu_count() or 1)
+    if progress is not None:
+        reports = progress([units[i] for i in left], reports)
+    for report in reports:
+        tally.add(report)
+    tally.judge(at_least=0)
+    manifest = _manifest(job, units, folder)
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _record_plan(folder: Path, job: Job, units: list[Unit]) -> None:
+    """Writes plan.json, or checks that the one there is this job's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {"job": job.describe(), "units": [dataclasses.asdict(u) for u in units]}
+    wanted = json.loads(json.dumps(wanted))
+    path = folder / PLAN
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise PrepareError(f"{folder} holds other files: name an empty or a new folder")
+        write_json(path, wanted)
+        return
+    found = json.loads(path.read_text())
+    changed = [k for k, v in wanted["job"].items() if found["job"].get(k) != v]
+    if found["units"] != wanted["units"]:
+        changed.append("files of the source")
+    if changed:
+        raise PrepareError(
+            f"{folder} was begun with another {', '.join(changed)}: choose another folder, or "
+            "remove it to start again (--overwrite)"
+        )
+
+
+def remove(folder: str | Path) -> None:
+    """Removes a prepared folder. Raises: PrepareError if that is not what it is."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / PLAN).exists():
+        raise PrepareError(f"{folder} holds no {PLAN}: it was not prepared, so it is not removed")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The whole file or none of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------------ workers
+
+
+def _run(job: Job, units: list[Unit], numbers: list[int], folder: Path, processes: int):
+    """Reports of the units as they are done."""
+    if processes == 1 or len(numbers) <= 1:
+        writer = UnitWriter(job, folder)
+        yield from (writer.write(i, units[i]) for i in numbers)
+        return
+    # spawn: a fork would inherit the locks of the tokenizer's threads.
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(numbers)), context, _start_worker, (job, folder)
+    )
+    try:
+        futures = [pool.submit(_work, i, units[i]) for i in numbers]
+        yield from (f.result() for f in concurrent.futures.as_completed(futures))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: UnitWriter | None = None
+
+
+def _start_worker(job: Job, folder: Path) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = UnitWriter(job, folder)
+
+
+def _work(number: int, unit: Unit) -> dict[str, Any]:
+    assert _worker is not None
+    return _worker.write(number, unit)
+
+
+class UnitWriter:
+    """Turns units into shards."""
+
+    def __init__(self, job: Job, folder: Path):
+        self._job, self._folder = job, folder
+        self._encode: Encoder = make_encoder(job.encode, dict(job.tokenizer_files), job.special)
+        self._dtype = job.token_dtype
+
+    def write(self, number: int, unit: Unit) -> dict[str, Any]:
+        """Writes the shards of a unit and its report, the latter last; returns the report.
+
+        Raises: SourceError, PrepareError.
+        """
+        tally = Tally(self._job)
+        shards = {split: _Shard(self._folder / f"{number:05d}.{split}") for split in SPLITS}
+        for index, row in enumerate(read(self._job.source, unit)):
+            if row is None:
+                continue
+            tally.rows += 1
+            try:
+                example = self._example(row)
+            except BadRow as error:
+                tally.bad[error.kind] += 1
+                if tally.bad[error.kind] <= EXAMPLES_KEPT:
+                    where = place(self._job.source, unit, index)
+                    tally.shown.append({"kind": error.kind, "place": where, "why": str(error)})
+                tally.judge(at_least=ROWS_TO_JUDGE)
+                continue
+            name = unit.row_name(index)
+            split = split_of(name, self._job.validation_percent)
+            shards[split].write(example, stable_hash(name), index, self._dtype)
+        report = {
+            "rows": tally.rows,
+            "bad": dict(sorted(tally.bad.items())),
+            "shown": tally.shown,
+            "splits": {split: shard.close() for split, shard in shards.items()},
+        }
+        write_json(self._folder / f"{number:05d}.json", report)
+        return report
+
+    def _example(self, row: dict[str, Any] | BadRow) -> Example:
+        if isinstance(row, BadRow):
+            raise row
+        return self._encode(row)
+
+
+def split_of(name: str, validation_percent: float) -> str:
+    """ "train" or "validation", by the hash of the name alone."""
+    chance = stable_hash("split:" + name) % 10_000
+    return "validation" if chance < validation_percent * 100 else "train"
+
+
+class _Shard:
+    """Records and index entries of one unit and split."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._writer = ArrayRecordWriter(f"{path}.array_record", "group_size:1,zstd:3")
+        self._entries: list[tuple[int, ...]] = []
+        self._records = 0
+        self._weights: set[float] = set()
+
+    def write(self, example: Example, document: int, row: int, dtype: np.dtype) -> None:
+        for piece in _chunks(example):
+            self._writer.write(encode_record(piece, dtype))
+            self._records += 1
+        supervised = int(np.count_nonzero(example.weights))
+        first = example.first_supervised
+        entry = (document, row, len(example.tokens), example.chosen, first, supervised)
+        self._entries.append(entry)
+        self._weights.update(np.unique(example.weights).tolist())
+
+    def close(self) -> dict[str, Any]:
+        """Ends both files; returns what the manifest says of them."""
+        self._writer.close()
+        index = np.asarray(self._entries, INDEX)
+        np.save(f"{self._path}.npy", index)
+        return {
+            "documents": len(index),
+            "records": self._records,
+            "tokens": int(index["tokens"].sum(dtype=np.int64)),
+            "supervised_tokens": int(index["supervised"].sum(dtype=np.int64)),
+            "longest": int(index["tokens"].max(initial=0)),
+            "weighted": not self._weights <= {0.0, 1.0},
+        }
+
+
+def _chunks(example: Example) -> Iterator[Example]:
+    """A pair stays whole: it is always read as a whole."""
+    if example.chosen:
+        yield example
+        return
+    for start in range(0, len(example.tokens), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        yield Example(example.tokens[part], example.weights[part])
+
+
+# -------------------------------------------------------------------------------- accounting
+
+
+class Tally:
+    """Rows read and bad rows by kind, and when there are too many of them."""
+
+    def __init__(self, job: Job):
+        self._fraction = job.max_bad_fraction
+        self.rows = 0
+        self.bad: collections.Counter[str] = collections.Counter()
+        self.shown: list[dict[str, Any]] = []
+
+    def add(self, report: Mapping[str, Any]) -> None:
+        self.rows += report["rows"]
+        self.bad.update(report["bad"])
+        self.shown += report["shown"]
+        self.judge(at_least=ROWS_TO_JUDGE)
+
+    def judge(self, *, at_least: int) -> None:
+        """Raises PrepareError if more than the allowed share of the rows (of `at_least` rows, where
+        fewer were read) is bad."""
+        count = sum(self.bad.values())
+        if count <= self._fraction * max(self.rows, at_least):
+            return
+        kinds = "; ".join(f"{n} {kind} ({BAD_ROW_KINDS[kind]})" for kind, n in self.bad.items())
+        first = {s["kind"]: f"{s['place']}: {s['why']}" for s in reversed(self.shown)}
+        examples = "\n  ".join(first.values())
+        raise PrepareError(
+            f"{count} of {self.rows} rows are bad, and max_bad_fraction is {self._fraction:g}: "
+            f"{kinds}. For example:\n  {examples}\nRepair the source, or raise the fraction "
+            "(--max-bad-fraction); what is done is kept"
+        )
+
+
+def _manifest(job: Job, units: list[Unit], folder: Path) -> dict[str, Any]:
+    reports = [json.loads((folder / f"{i:05d}.json").read_text()) for i in range(len(units))]
+    splits = {split: _total([r["splits"][split] for r in reports]) for split in SPLITS}
+    bad = sum((collections.Counter(r["bad"]) for r in reports), collections.Counter())
+    return {
+        **job.describe(),
+        "rows": {"read": sum(r["rows"] for r in reports), "bad": dict(sorted(bad.items()))},
+        "bad_examples": [s for r in reports for s in r["shown"]][:100],
+        "token_bytes": job.token_dtype.itemsize,
+        "chunk_tokens": CHUNK_TOKENS,
+        "splits": splits,
+        "shards": [{s: r["splits"][s]["records"] for s in SPLITS} for r in reports],
+    }
+
+
+def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = ("documents", "records", "tokens", "supervised_tokens")
+    total: dict[str, Any] = {name: sum(p[name] for p in parts) for name in sums}
+    total["longest"] = max(p["longest"] for p in parts)
+    total["weighted"] = any(p["weighted"] for p in parts)
+    return total

@@ -1,0 +1,163 @@
+"""Prepared folders as documents with random access."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from llada2_jax.data.examples import decode_record
+from llada2_jax.data.prepare import FORMAT_VERSION, INDEX, MANIFEST, PLAN, SPLITS
+from llada2_jax.data.sources import SourceSpec, Unit, place
+
+
+class PreparedError(ValueError):
+    """A folder that is not prepared data, or that does not fit the run."""
+
+
+def is_prepared(folder: str | Path) -> bool:
+    return (Path(folder) / MANIFEST).is_file() or (Path(folder) / PLAN).is_file()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a prepared folder. Raises: PreparedError."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        unfinished = (path.parent / PLAN).exists()
+        why = "its preparation was stopped: run it again" if unfinished else "it was not prepared"
+        raise PreparedError(f"{folder} has no {MANIFEST}: {why} (llada2 data prepare)") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise PreparedError(f"{path} is not JSON: {error}") from None
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise PreparedError(f"{path}: version {version!r}, this program reads {FORMAT_VERSION}")
+    try:
+        _check(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PreparedError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    return manifest
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Raises KeyError or TypeError for what a reader would stumble over."""
+    for value in (manifest["token_bytes"], manifest["chunk_tokens"]):
+        if type(value) is not int or value <= 0:
+            raise TypeError(f"{value!r} is no size")
+    if manifest["token_bytes"] not in (2, 4):
+        raise TypeError(f"tokens of {manifest['token_bytes']} bytes")
+    manifest["tokenizer"]["sha256"].lower()
+    manifest["encode"]["content"].lower()
+    for split in SPLITS:
+        total = manifest["splits"][split]
+        if sum(shard[split] for shard in manifest["shards"]) != total["records"]:
+            raise TypeError(f"the shards' records do not sum to {total['records']!r}")
+        bool(total["weighted"])
+
+
+class PreparedDocuments:
+    """Tokenized documents of a split; nothing but the index (24 bytes a document) is in memory.
+
+    ids: int32 [docs]. lengths: int64 [docs], tokens of each. chosen: int64 [docs], see
+    examples.Example. first_supervised: int64 [docs].
+    """
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(folder)
+        self._dtype = np.dtype(f"<u{self.manifest['token_bytes']}")
+        self._chunk = int(self.manifest["chunk_tokens"])
+        self._records = [shard[split] for shard in self.manifest["shards"]]
+        parts = [self._index(i) for i in range(len(self._records))]
+        index = np.concatenate(parts) if parts else np.zeros(0, INDEX)
+        self._unit_ends = np.cumsum([len(p) for p in parts])
+        self._rows = index["row"]
+        self.ids = index["id"]
+        self.lengths = index["tokens"].astype(np.int64)
+        self.chosen = index["chosen"].astype(np.int64)
+        self.first_supervised = index["first_supervised"].astype(np.int64)
+        chunks = np.where(self.chosen > 0, 1, -(-self.lengths // self._chunk))
+        self._first_record = np.cumsum(chunks) - chunks
+        if chunks.sum() != sum(self._records):
+            raise PreparedError(
+                f"{folder}: the index announces {chunks.sum()} records, the manifest "
+                f"{sum(self._records)}: prepare it again"
+            )
+
+    def _index(self, number: int) -> np.ndarray:
+        path = self.folder / f"{number:05d}.{self.split}.npy"
+        try:
+            index = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise PreparedError(f"{path} cannot be read: {error}; prepare it again") from None
+        if index.dtype != INDEX:
+            raise PreparedError(f"{path} has other fields than an index: prepare it again")
+        return index
+
+    @property
+    def paired(self) -> bool:
+        return self.manifest["encode"]["content"] == "preference"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some token has a loss weight other than 0 and 1."""
+        return bool(self.manifest["splits"][self.split]["weighted"])
+
+    @functools.cached_property
+    def _source(self) -> Any:
+        # grain opens a file when it is first read, and counts the records of all at once.
+        paths = [
+            str(self.folder / f"{i:05d}.{self.split}.array_record")
+            for i, count in enumerate(self._records)
+            if count
+        ]
+        missing = next((p for p in paths if not Path(p).is_file()), None)
+        if missing:
+            raise PreparedError(f"{missing} is missing: prepare it again")
+        source: Any = grain.sources.ArrayRecordDataSource(paths)
+        if len(source) != sum(self._records):
+            raise PreparedError(
+                f"{self.folder}: {len(source)} records, the manifest says {sum(self._records)}: "
+                "prepare it again"
+            )
+        return source
+
+    def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int32) and loss weights (fp32) of [start, stop) of a document.
+
+        Raises: PreparedError for a record that is not what the index says.
+        """
+        base = int(self._first_record[document])
+        if self.chosen[document]:
+            tokens, weights = self._record(base)
+            return tokens[start:stop], weights[start:stop]
+        parts = []
+        for chunk in range(start // self._chunk, -(-stop // self._chunk)):
+            tokens, weights = self._record(base + chunk)
+            part = slice(max(start - chunk * self._chunk, 0), stop - chunk * self._chunk)
+            parts.append((tokens[part], weights[part]))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([t for t, _ in parts]), np.concatenate([w for _, w in parts])
+
+    def _record(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return decode_record(self._source[number], self._dtype)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise PreparedError(
+                f"{self.folder}: record {number} of the {self.split} split is damaged: {error}"
+            ) from None
+
+    def place(self, document: int) -> str:
+        """Where in the source a document comes from: file and line."""
+        plan = json.loads((self.folder / PLAN).read_text())
+        unit = int(np.searchsorted(self._unit_ends, document, side="right"))
+        fields = plan["units"][unit]
+        fields["files"] = tuple(fields["files"])
+        spec = SourceSpec(**plan["job"]["source"])
+        return place(spec, Unit(**fields), int(self._rows[document]))

@@ -1,0 +1,449 @@
+"""Raw rows from files: which pieces of work a source falls into, and the rows of each piece.
+
+A piece (`Unit`) depends on the files alone, never on how many processes share the work. Its rows
+come in order, as dicts; a row that cannot be read is yielded as the BadRow that says why, and a
+blank line as None: it is no row, but its number counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import gzip
+import importlib
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from etils import epath
+
+from llada2_jax.data.examples import BadRow
+
+UNIT_BYTES = 32 << 20
+UNIT_ROWS = 8192
+
+Row = dict[str, Any] | BadRow | None
+
+
+class SourceError(ValueError):
+    """A source that cannot be read; the message names the file and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """path: file (or folder) the rows are from. name: the same relative to the source, so that it
+    stays when the source is moved. start, stop: which part of it, in what the format counts (bytes,
+    records, row groups). size: bytes, or whatever tells how much work it is. files: names below
+    path, for formats of many small files."""
+
+    path: str
+    name: str
+    start: int
+    stop: int
+    size: int
+    files: tuple[str, ...] = ()
+
+    def row_name(self, row: int) -> str:
+        """A name for row number `row` that no other row of the source has."""
+        return self.files[row] if self.files else f"{self.name}:{self.start}:{row}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSpec:
+    """path: file, folder or glob, local or gs://; seqio: "module:task". format: a name of FORMATS,
+    or "auto". pattern: names taken from a folder; empty: what the format usually has. records:
+    what an ArrayRecord holds, "json" or "text". split: of a `datasets` DatasetDict or a seqio
+    task."""
+
+    path: str
+    format: str = "auto"
+    pattern: str = ""
+    records: str = "json"
+    split: str = "train"
+
+
+class Format(Protocol):
+    """How files of one kind are cut into units, read, and a row's place told to people."""
+
+    patterns: tuple[str, ...]
+
+    def plan(self, spec: SourceSpec) -> list[Unit]: ...
+
+    def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]: ...
+
+    def place(self, unit: Unit, row: int) -> str: ...
+
+
+def resolve_format(spec: SourceSpec) -> SourceSpec:
+    """The spec with its format known. Raises: SourceError."""
+    if spec.format in FORMATS:
+        return spec
+    if spec.format != "auto":
+        raise SourceError(f"format {spec.format!r}: choose one of auto, {', '.join(FORMATS)}")
+    path = epath.Path(spec.path)
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return dataclasses.replace(spec, format="huggingface")
+    names = [spec.pattern] if spec.pattern else []
+    names += [path.name] if not path.is_dir() else [p.name for p in path.iterdir()]
+    for name in names:
+        for kind, form in FORMATS.items():
+            if kind != "text" and any(fnmatch.fnmatch(name, p) for p in form.patterns):
+                return dataclasses.replace(spec, format=kind)
+    return dataclasses.replace(spec, format="text")
+
+
+def plan(spec: SourceSpec) -> list[Unit]:
+    """The units of a source, in a fixed order. Raises: SourceError if there is nothing to read."""
+    units = FORMATS[spec.format].plan(spec)
+    if not units:
+        raise SourceError(f"{spec.path} holds nothing of format {spec.format!r}")
+    return units
+
+
+def read(spec: SourceSpec, unit: Unit) -> Iterator[Row]:
+    """The rows of a unit. Raises: SourceError for a file that is damaged as a whole."""
+    form, rows = FORMATS[spec.format], 0
+    try:
+        for value in form.read(spec, unit):
+            yield value
+            rows += 1
+    except _DAMAGE as error:
+        place = form.place(unit, rows)
+        raise SourceError(f"{place}: the file cannot be read further: {error}") from error
+
+
+def place(spec: SourceSpec, unit: Unit, row: int) -> str:
+    """Where row number `row` of a unit stands, for people: file and line, or record."""
+    return FORMATS[spec.format].place(unit, row)
+
+
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, OSError)
+
+
+def list_files(path: str, patterns: tuple[str, ...]) -> list[epath.Path]:
+    """Files in the order of their names: a file, a folder's files that match, or a glob's.
+
+    Raises: SourceError if there is none.
+    """
+    root = epath.Path(path).expanduser()
+    if root.is_dir():
+        found = [p for p in root.rglob("*") if any(fnmatch.fnmatch(p.name, x) for x in patterns)]
+    elif any(c in root.name for c in "*?["):
+        found = list(root.parent.glob(root.name))
+    else:
+        found = [root]
+    found = sorted(p for p in found if p.is_file())
+    if not found:
+        raise SourceError(f"{path}: no such file, or none that matches {', '.join(patterns)}")
+    return found
+
+
+def _files(spec: SourceSpec, patterns: tuple[str, ...]) -> list[tuple[epath.Path, str]]:
+    """The source's files, and their names relative to it."""
+    root = epath.Path(spec.path).expanduser()
+    base = root if root.is_dir() else root.parent
+    files = list_files(spec.path, (spec.pattern,) if spec.pattern else patterns)
+    return [(f, f.relative_to(base).as_posix()) for f in files]
+
+
+def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
+
+
+def parse_json(data: bytes | str) -> dict[str, Any] | BadRow:
+    """A JSON object, or the BadRow that says why it is none."""
+    try:
+        value = json.loads(data)
+    except UnicodeDecodeError as error:
+        return BadRow("not_utf8", str(error))
+    except (ValueError, RecursionError) as error:
+        return BadRow("not_json", str(error)[:200])
+    if not isinstance(value, dict):
+        return BadRow("not_json", f"a JSON {type(value).__name__} where an object is due")
+    return value
+
+
+class _Text:
+    """Trees of text files: a file is a row."""
+
+    patterns: tuple[str, ...] = ("*.txt", "*.md", "*.rst", "*.py")
+
+    def plan(self, spec: SourceSpec) -> list[Unit]:
+        groups: list[list[tuple[str, int]]] = [[]]
+        for file, name in _files(spec, self.patterns):
+            if sum(size for _, size in groups[-1]) >= UNIT_BYTES or len(groups[-1]) >= UNIT_ROWS:
+                groups.append([])
+            groups[-1].append((name, file.stat().length))
+        root = epath.Path(spec.path).expanduser()
+        base = str(root if root.is_dir() else root.parent)
+        return [
+            Unit(base, "", 0, len(g), sum(size for _, size in g), tuple(name for name, _ in g))
+            for g in groups
+        ]
+
+    def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
+        for name in unit.files:
+            try:
+                yield {"text": (epath.Path(unit.path) / name).read_bytes().decode()}
+            except UnicodeDecodeError as error:
+                yield BadRow("not_utf8", str(error))
+
+    def place(self, unit: Unit, row: int) -> str:
+        return str(epath.Path(unit.path) / unit.files[min(row, len(unit.files) - 1)])
+
+
+class _JsonLines:
+    """JSON objects, one a line. Plain files are cut at line ends, compressed ones stay whole."""
+
+    patterns: tuple[str, ...] = (
+        "*.jsonl",
+        "*.jsonl.gz",
+        "*.jsonl.zst",
+        "*.ndjson",
+        "*.json.gz",
+        "*.json.zst",
+    )
+
+    def plan(self, spec: SourceSpec) -> list[Unit]:
+        units = []
+        for file, name in _files(spec, self.patterns):
+            size = file.stat().length
+            step = UNIT_BYTES if _compression(str(file)) is None else max(size, 1)
+            units += [Unit(str(file), name, a, b, b - a) for a, b in _ranges(size, step)]
+        return units
+
+    def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
+        for line in self._lines(unit):
+            yield parse_json(line) if line.strip() else None
+
+    def _lines(self, unit: Unit) -> Iterator[bytes]:
+        """The lines that begin within the unit."""
+        with epath.Path(unit.path).open("rb") as raw:
+            kind = _compression(unit.path)
+            if kind is not None:
+                yield from _OPENERS[kind](raw)
+                return
+            if unit.start:
+                raw.seek(unit.start - 1)
+                raw.readline()  # ends the line that began before
+            while raw.tell() < unit.stop:
+                yield raw.readline()
+
+    def place(self, unit: Unit, row: int) -> str:
+        before = 0
+        if unit.start:
+            whole = dataclasses.replace(unit, start=0, stop=unit.start)
+            before = sum(1 for _ in self._lines(whole))
+        return f"{unit.path}:{before + row + 1}"
+
+
+def _compression(path: str) -> str | None:
+    return next((suffix for suffix in _OPENERS if path.endswith(suffix)), None)
+
+
+def _open_zstd(raw) -> io.BufferedReader:
+    zstandard = require("zstandard", "data", "reads .zst files")
+    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    return io.BufferedReader(_ZstdErrors(reader, zstandard.ZstdError))
+
+
+class _ZstdErrors(io.RawIOBase):
+    """A zstd stream whose damage is an OSError, as gzip's is."""
+
+    def __init__(self, reader, error: type[Exception]):
+        self._reader, self._error = reader, error
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            return self._reader.readinto(buffer)
+        except self._error as error:
+            raise OSError(str(error)) from error
+
+
+_OPENERS: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".zst": _open_zstd,
+}
+
+
+class _Parquet:
+    """Parquet: a row of the table is a row; the units are row groups."""
+
+    patterns: tuple[str, ...] = ("*.parquet",)
+
+    def plan(self, spec: SourceSpec) -> list[Unit]:
+        units = []
+        for file, name in _files(spec, self.patterns):
+            with file.open("rb") as raw:
+                meta = self._open(raw, str(file)).metadata
+                groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+            units += [Unit(str(file), name, i, i + 1, size) for i, size in enumerate(groups)]
+        return units
+
+    def _open(self, raw, name: str):
+        pyarrow = require("pyarrow", "data", "reads Parquet")
+        parquet = importlib.import_module("pyarrow.parquet")
+        try:
+            return parquet.ParquetFile(raw)
+        except pyarrow.ArrowInvalid as error:
+            raise SourceError(f"{name} is no Parquet file: {error}") from error
+
+    def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
+        with epath.Path(unit.path).open("rb") as raw:
+            table = self._open(raw, unit.path)
+            for batch in table.iter_batches(batch_size=256, row_groups=[unit.start]):
+                yield from batch.to_pylist()
+
+    def place(self, unit: Unit, row: int) -> str:
+        return f"{unit.path}: row {row} of row group {unit.start}"
+
+
+class _ArrayRecord:
+    """ArrayRecord files whose records are JSON objects or UTF-8 texts."""
+
+    patterns: tuple[str, ...] = ("*.array_record", "*.arrayrecord", "*.array_record-*")
+
+    def plan(self, spec: SourceSpec) -> list[Unit]:
+        units = []
+        for file, name in _files(spec, self.patterns):
+            count, size = self._reader(str(file)).num_records(), file.stat().length
+            units += [
+                Unit(str(file), name, a, b, size * (b - a) // count)
+                for a, b in _ranges(count, UNIT_ROWS)
+            ]
+        return units
+
+    @staticmethod
+    def _reader(path: str):
+        module = importlib.import_module("array_record.python.array_record_module")
+        try:
+            return module.ArrayRecordReader(path)
+        except (RuntimeError, ValueError) as error:
+            raise SourceError(f"{path} is no ArrayRecord file: {error}") from error
+
+    def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
+        reader = self._reader(unit.path)
+        for start, stop in _ranges(unit.stop - unit.start, 256):
+            try:
+                records = reader.read(unit.start + start, unit.start + stop)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise OSError(str(error)) from error
+            for record in records:
+                yield parse_json(record) if spec.records == "json" else _text_row(record)
+
+    def place(self, unit: Unit, row: int) -> str:
+        return f"{unit.path}: record {unit.start + row}"
+
+
+def _text_row(record: bytes) -> Row:
+    try:
+        return {"text": record.decode()}
+    except UnicodeDecodeError as error:
+        return BadRow("not_utf8", str(error))
+
+
+class _HuggingFace:
+    """A Hugging Face dataset on disk, as `save_to_disk` writes it."""
+
+    patterns: tuple[str, ...] = ()
+
+    def plan(self, spec: SourceSpec) -> list[Unit]:
+        rows = len(self._load(spec.path, spec.split))
+        return [Unit(spec.path, "", a, b, b - a) for a, b in _ranges(rows, UNIT_ROWS)]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4)
+    def _load(path: str, split: str):
+        datasets = require("datasets", "data", "reads Hugging Face datasets")
+        try:
+            loaded = datasets.load_from_disk(path)
+        except (FileNotFoundError, ValueError) as error:
+            raise SourceError(f"{path} is no dataset on disk: {error}") from error
+        if not isinstance(loaded, dict):
+            return loaded
+        if split not in loaded:
+            raise SourceError(f"{path} has no split {split!r}; it has {', '.join(loaded)}")
+        return loaded[split]
+
+    def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
+        rows = self._load(spec.path, spec.split)
+        for index in range(unit.start, unit.stop):
+            yield rows[index]
+
+    def place(self, unit: Unit, row: int) -> str:
+        return f"{unit.path}: row {unit.start + row}"
+
+
+class _Seqio:
+    """A seqio Task or Mixture, read once and in order; path is "module:name" (the module registers
+    it). Tensors come as Python values. A task with sharded files is a unit a file."""
+
+    patterns: tuple[str, ...] = ()
+
+    def plan(self, spec: SourceSpec) -> list[Unit]:
+        seqio, task = self._task(spec.path)
+        shards = 1
+        if isinstance(task, seqio.Task):
+            shards = max(1, len(task.source.list_shards(spec.split)))
+        return [Unit(spec.path, "", i, shards, 1) for i in range(shards)]
+
+    @staticmethod
+    def _task(path: str):
+        seqio = require("seqio", "seqio", "reads seqio tasks")
+        module, _, name = path.rpartition(":")
+        if module:
+            importlib.import_module(module)
+        try:
+            return seqio, seqio.get_mixture_or_task(name)
+        except ValueError as error:
+            raise SourceError(
+                f"seqio knows no task {name!r}; name the module that registers it: MODULE:{name}"
+            ) from error
+
+    def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
+        seqio, task = self._task(spec.path)
+        dataset = task.get_dataset(
+            sequence_length=None,
+            split=spec.split,
+            shuffle=False,
+            num_epochs=1,
+            shard_info=seqio.ShardInfo(unit.start, unit.stop),
+        )
+        for row in dataset.as_numpy_iterator():
+            yield {name: _plain(value) for name, value in row.items()}
+
+    def place(self, unit: Unit, row: int) -> str:
+        return f"seqio {unit.path}: example {row} of shard {unit.start}"
+
+
+def _plain(value: Any) -> Any:
+    """A tensor's value as JSON would have it."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def require(name: str, extra: str, what: str) -> Any:
+    """Imports an optional package. Raises: SourceError naming the extra that brings it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SourceError(
+            f"the package {name!r} {what}: pip install 'llada2-jax[{extra}]'"
+        ) from error
+
+
+FORMATS: dict[str, Format] = {
+    "jsonl": _JsonLines(),
+    "parquet": _Parquet(),
+    "array_record": _ArrayRecord(),
+    "huggingface": _HuggingFace(),
+    "seqio": _Seqio(),
+    "text": _Text(),
+}
