@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,21 +31,12 @@ pytestmark = pytest.mark.filterwarnings(
     r"ignore:the load_module\(\) method is deprecated:DeprecationWarning"
 )
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    """optax mixes dtypes, so training runs under jax's own rules here, as it does for users."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 VOCAB, STEPS = 272, 24
 CLOCKS = {"seconds", "tokens_per_second", "input_wait_fraction"}
 
 # Three objectives in 24 steps of 64 tokens; a checkpoint every 4 steps and where a phase ends.
 CONFIG = """\
 from llada2_jax.config import default_config, model_dict
-from tests.helpers import assert_same_params
 from tests.helpers import config as tiny
 
 
@@ -108,7 +98,7 @@ def folder(tmp_path_factory) -> Path:
 def start(folder: Path, workdir: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "llada2_jax.cli", "train", f"--config={folder / 'config.py'}"]
     root = Path(__file__).parents[2]
-    env = os.environ | {"PYTHONPATH": str(root), "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+    env = os.environ | {"PYTHONPATH": str(root)}
     command.append(f"--workdir={folder / workdir}")
     with (folder / f"{workdir}.log").open("a") as log:
         return subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=log)
