@@ -11,7 +11,6 @@ the ranges of `schedule`, in the backward pass as in the forward pass.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -65,7 +64,7 @@ def forward(q, k, v, starts, ends, ranges, *, tile, interpret):
         q_ref, k_ref, v_ref, starts_ref, ends_ref, ranges_ref, o_ref, lse_ref,
         q_smem, lse_smem, loaded, turn,
     ):  # fmt: skip
-        row, queries, head, wg, tiles, whole = _over_queries(ranges_ref)
+        row, queries, head, kv_head, wg, tiles, whole = _over_queries(ranges_ref, group)
         q_smem, lse_smem, loaded = q_smem.at[wg], lse_smem.at[wg], loaded.at[wg]
         scale = head_dim**-0.5 * LOG2_E
 
@@ -111,21 +110,16 @@ def forward(q, k, v, starts, ends, ranges, *, tile, interpret):
             new_top = jnp.maximum(top, score.max(axis=1) * scale)
             weight = jnp.exp2(score * scale - _rows(new_top, score.shape))
             decay = jnp.exp2(top - new_top)
-            out = out * _rows(decay, out.shape)
             total = total * decay + weight.sum(axis=1)
             weight = weight.astype(q.dtype)
             take_turns()
-
-            def add(acc):
-                plgpu.wgmma(acc, weight, v_smem)
-
-            out = pl.run_state(add)(plgpu.ACC.init(out))
+            out = out * _rows(decay, out.shape) + _product(weight, v_smem, out.shape)
             plgpu.barrier_arrive(v_free)
             return total, new_top, out
 
         keys = _spec((key_tile, head_dim), q.dtype, lambda i: (schedule.walk(tiles, i)[1], 0))
         _pipeline(visit, compute, (_length(tiles),), [keys, keys])(
-            *(x.at[row, :, lax.div(head, group)] for x in (k_ref, v_ref))
+            *(x.at[row, :, kv_head] for x in (k_ref, v_ref))
         )
 
     lse = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
@@ -152,7 +146,7 @@ def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, inter
         q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, starts_ref, ends_ref, ranges_ref, dq_ref,
         q_smem, do_smem, loaded,
     ):  # fmt: skip
-        row, queries, head, wg, tiles, whole = _over_queries(ranges_ref)
+        row, queries, head, kv_head, wg, tiles, whole = _over_queries(ranges_ref, group)
         q_smem, do_smem, loaded = q_smem.at[wg], do_smem.at[wg], loaded.at[wg]
         scale = head_dim**-0.5
 
@@ -163,9 +157,13 @@ def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, inter
                 plgpu.load(x.at[row, head, queries], layout=ROW, optimized=False)
                 for x in (lse_ref, delta_ref)
             )
-            dq = _filled(0.0, (ROWS, head_dim), TILE)
             plgpu.barrier_wait(loaded)
-            dq, _, _ = pipeline((dq, lse, delta))
+
+            def accumulate(dq):
+                pipeline((dq, lse, delta))
+                return dq[...]
+
+            dq = pl.run_scoped(accumulate, plgpu.ACC((ROWS, head_dim), jnp.float32))
             q_smem[...] = (dq * scale).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[row, queries, head])
@@ -186,17 +184,14 @@ def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, inter
             d_weight = _product(do_smem, v_smem.T, shape)
             plgpu.barrier_arrive(v_free)
             d_score = (weight * (d_weight - _rows(delta, shape))).astype(q.dtype)
-
-            def add(acc):
-                plgpu.wgmma(acc, d_score, k_smem)
-
-            dq = pl.run_state(add)(plgpu.ACC.init(dq))
+            plgpu.wgmma(dq, d_score, k_smem)
+            plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(k_free)
             return dq, lse, delta
 
         keys = _spec((key_tile, head_dim), q.dtype, lambda i: (schedule.walk(tiles, i)[1], 0))
         _pipeline(visit, compute, (_length(tiles),), [keys, keys])(
-            *(x.at[row, :, lax.div(head, group)] for x in (k_ref, v_ref))
+            *(x.at[row, :, kv_head] for x in (k_ref, v_ref))
         )
 
     smem = _smem((WARPGROUPS, ROWS, head_dim), q.dtype)
@@ -227,9 +222,14 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
         def compute(pipeline):
             plgpu.copy_gmem_to_smem(k_ref.at[row, own, kv_head], k_smem, loaded)
             plgpu.copy_gmem_to_smem(v_ref.at[row, own, kv_head], v_smem, loaded)
-            zeros = _filled(0.0, (ROWS, head_dim), TILE)
             plgpu.barrier_wait(loaded)
-            dk, dv = pipeline((zeros, zeros))
+
+            def accumulate(dk, dv):
+                pipeline((dk, dv))
+                return dk[...], dv[...]
+
+            acc = plgpu.ACC((ROWS, head_dim), jnp.float32)
+            dk, dv = pl.run_scoped(accumulate, acc, acc)
             k_smem[...] = (dk * scale).astype(k.dtype)
             v_smem[...] = dv.astype(v.dtype)
             plgpu.commit_smem()
@@ -262,20 +262,17 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
 
             weight = lax.cond(step < whole, lambda: weight, masked)
 
-            def add(accs):
-                dv_acc, d_weight_acc = accs
-                plgpu.wgmma(dv_acc, weight.astype(q.dtype), do_smem)
-                plgpu.wgmma(d_weight_acc, v_smem, do_smem.T)
+            def add_dv(acc):
+                plgpu.wgmma(acc, v_smem, do_smem.T)
+                plgpu.wgmma(dv, weight.astype(q.dtype), do_smem)
+                return plgpu.wgmma_accumulator_load(acc, wait_n=1)
 
-            zeros = _filled(0.0, shape, TILE)
-            dv, d_weight = pl.run_state(add)((plgpu.ACC.init(dv), plgpu.ACC.init(zeros)))
-            plgpu.barrier_arrive(do_free)
+            d_weight = pl.run_scoped(add_dv, plgpu.ACC(shape, jnp.float32))
             d_score = (weight * (d_weight - _columns(delta, shape))).astype(q.dtype)
-
-            def add_dk(acc):
-                plgpu.wgmma(acc, d_score, q_smem)
-
-            dk = pl.run_state(add_dk)(plgpu.ACC.init(dk))
+            plgpu.wgmma(dk, d_score, q_smem)
+            plgpu.wgmma_wait(1)
+            plgpu.barrier_arrive(do_free)
+            plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(q_free)
             return dk, dv
 
@@ -301,7 +298,7 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
 
 def _launch(*grid_and_interpret):
     heads_name, heads, tiles, rows, interpret = grid_and_interpret
-    return dict(
+    return dict(  # noqa: C408
         grid=(heads, tiles, rows),
         grid_names=(heads_name, "tiles", "rows"),
         num_threads=WARPGROUPS + 1,
@@ -311,12 +308,13 @@ def _launch(*grid_and_interpret):
     )
 
 
-def _over_queries(ranges_ref):
-    """Where a warpgroup of a kernel over queries works: row, queries, head; and its tiles."""
+def _over_queries(ranges_ref, group):
+    """Where a warpgroup of a kernel over queries works: row, queries, heads; and its tiles."""
     row, number, pair, wg = map(lax.axis_index, ("rows", "tiles", "heads", "warpgroup"))
     number = ranges_ref.shape[1] - 1 - number  # later tiles of a half have more keys: they go first
     tiles, whole = _tiles(ranges_ref, row, number)
-    return row, pl.ds(number * ROWS, ROWS), pair * WARPGROUPS + wg, wg, tiles, whole
+    kv_head = lax.div(pair, group // WARPGROUPS)  # the copying warpgroup has no head of its own
+    return row, pl.ds(number * ROWS, ROWS), pair * WARPGROUPS + wg, kv_head, wg, tiles, whole
 
 
 def _tiles(ranges_ref, row, number):
