@@ -129,7 +129,8 @@ def _kernel(q_ref, k_ref, v_ref, mask_ref, cache_k, cache_v, lengths, *refs, poo
         keys, values = load(cache_k, at, inside), load(cache_v, at, inside)
         return attend(state, q, keys, values, inside[None])
 
-    own_steps = jnp.where(split == 0, pl.cdiv(queries, _KEYS), 0)
+    # A product: Triton's lowering takes the literals of a scalar `where` for booleans.
+    own_steps = pl.cdiv(queries, _KEYS) * (split == 0).astype(jnp.int32)
     state = jax.lax.fori_loop(0, own_steps, own_keys, no_keys(q.shape))
     steps = pl.cdiv(length, _KEYS)
     share = pl.cdiv(steps, pl.num_programs(0))
