@@ -17,6 +17,8 @@ import numpy as np  # noqa: E402
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9661f", "#8a8a8a"
 
+GRAD_NORMS = ("conversion", "grad_norm_by_rate")  # absent where eval.rate_buckets is 0
+
 
 def write(work: Path, results: dict[str, Any]) -> Path:
     """Writes the report's files into `work`; returns the path of report.md."""
@@ -32,6 +34,8 @@ def write(work: Path, results: dict[str, Any]) -> Path:
         "thresholds.png": _plot_thresholds,
         "trajectory.png": _plot_trajectory,
     }
+    if _lines(results, *GRAD_NORMS):
+        plots["grad_norms.png"] = _plot_grad_norms
     for name, plot in plots.items():
         figure = plot(results)
         figure.savefig(work / name, dpi=130, bbox_inches="tight")
@@ -102,6 +106,23 @@ def _plot_loss(results):
     axes.set_xlabel("clean tokens (millions)")
     axes.set_ylabel("nats a token")
     axes.legend(loc="lower left", fontsize=8, frameon=False)
+    return figure
+
+
+def _plot_grad_norms(results):
+    """Gradient norm at the end of each phase, a bar for each range of the mask rate."""
+    figure, axes = plt.subplots(figsize=(10, 3.6))
+    lines = _lines(results, *GRAD_NORMS)
+    ranges = len(lines[0]["norms"])
+    norms = np.asarray([m["norms"] for m in lines])  # [phases, ranges]
+    edges, width = np.linspace(0, 1, ranges + 1), 0.8 / ranges
+    for i, color in enumerate(plt.get_cmap("viridis")(np.linspace(0.15, 0.85, ranges))):
+        places = np.arange(len(lines)) + (i - (ranges - 1) / 2) * width
+        label = f"{edges[i]:.3g} to {edges[i + 1]:.3g}"
+        axes.bar(places, norms[:, i], width, color=color, label=label)
+    axes.set_xticks(range(len(lines)), [m["phase"].replace("-", "\n") for m in lines])
+    axes.set_ylabel("gradient norm")
+    axes.legend(title="mask rate", fontsize=8, title_fontsize=8, frameon=False)
     return figure
 
 
@@ -182,6 +203,7 @@ def _markdown(results: dict[str, Any]) -> str:
         _corpus(results),
         "## Loss through the phases\n\n![loss](loss.png)\n\n"
         "Each phase has its own objective, so losses compare only within a phase.",
+        *_grad_norm_section(results),
         _bits_section(results),
         _generation_section(results),
         _speed_section(results),
@@ -202,6 +224,16 @@ def _corpus(results) -> str:
     ]
     head = "| split | files | tokens | MB |\n|---|---|---|---|\n"
     return "The Python standard library's source, split by path hash.\n\n" + head + "\n".join(rows)
+
+
+def _grad_norm_section(results) -> list[str]:
+    if not _lines(results, *GRAD_NORMS):
+        return []
+    return [
+        "## Gradient norm by mask rate\n\n![gradient norms](grad_norms.png)\n\n"
+        "Of the last step of each phase, from the tokens whose block (or row) was masked at a rate "
+        "in that range; at block size 1 every rate is 1."
+    ]
 
 
 def _bits_section(results) -> str:
