@@ -12,6 +12,7 @@ from pathlib import Path
 COMMANDS = {
     "quickstart": ("llada2_jax.quickstart", "the whole conversion on this machine, with a report"),
     "train": ("llada2_jax.train", "train from a config: AR, block diffusion, WSD conversion"),
+    "data": ("llada2_jax.data_cli", "prepare sources for training, inspect rows, measure loading"),
     "generate": ("llada2_jax.generate", "complete prompts with the threshold sampler"),
     "score": ("llada2_jax.score", "bits per byte of texts, with its standard error"),
     "convert": ("llada2_jax.convert", "Hugging Face safetensors <-> Orbax, streaming"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -175,7 +176,7 @@ class BestFitRows:
         dealt, order = self._epoch(epoch if self.shuffle else 0)
         places, starts, _ = self._layout
         row = int(order[number])
-        fields = self._empty()
+        fields: dict[str, Any] = self._empty()
         at = 0
         for segment, place in enumerate(places[starts[row] : starts[row + 1]], start=1):
             at = self._put(fields, at, int(dealt[place]), segment, epoch)
@@ -187,15 +188,15 @@ class BestFitRows:
             del fields["preference"]
         return fields
 
-    def _empty(self) -> dict[str, np.ndarray]:
+    def _empty(self) -> dict[str, Any]:
         names = ("segment_ids", "positions", "document_ids", "document_positions", "visits")
-        fields = {name: np.zeros(self.row_length, np.int32) for name in names}
+        fields: dict[str, Any] = {n: np.zeros(self.row_length, np.int32) for n in names}
         fields["tokens"] = np.full(self.row_length, self.pad, np.int32)
         fields["loss_weights"] = np.zeros(self.row_length, np.float32)
         fields["preference"] = np.zeros(self.row_length, np.int32)
         return fields
 
-    def _put(self, fields, at: int, piece: int, number: int, epoch: int) -> int:
+    def _put(self, fields: dict[str, Any], at: int, piece: int, number: int, epoch: int) -> int:
         """Writes a piece at offset `at`; returns where the next one begins."""
         document = int(self.pieces.document[piece])
         start, stop = int(self.pieces.start[piece]), int(self.pieces.stop[piece])

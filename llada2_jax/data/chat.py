@@ -239,11 +239,13 @@ def template_of(tokenizer_files: Mapping[str, str], *, tools: bool = False) -> C
     """
     try:
         config = json.loads(tokenizer_files.get("tokenizer_config.json", "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TemplateError(f"tokenizer_config.json is not JSON: {error}") from error
-    source = tokenizer_files.get("chat_template.jinja", config.get("chat_template"))
+    if not isinstance(config, dict):
+        raise TemplateError("tokenizer_config.json is not a JSON object")
+    source: Any = tokenizer_files.get("chat_template.jinja", config.get("chat_template"))
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source}
+        named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
         source = (named.get("tool_use") if tools else None) or named.get("default")
     if not isinstance(source, str):
         raise TemplateError(
@@ -312,7 +314,9 @@ def _content(value: Any, where: str) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
-        parts = [p.get("text") for p in value if isinstance(p, dict) and p.get("type") == "text"]
+        parts = [
+            p.get("text", "") for p in value if isinstance(p, dict) and p.get("type") == "text"
+        ]
         if len(parts) == len(value) and all(isinstance(p, str) for p in parts):
             return "".join(parts)
     if not isinstance(value, str):
@@ -414,7 +418,9 @@ class ChatTokens:
         pieces.append((rendered.text[at:], 0.0))
         encoded = [(self._encode(text), weight) for text, weight in pieces if text]
         tokens = np.asarray([i for ids, _ in encoded for i in ids], np.int32)
-        loss = np.repeat(np.float32([w for _, w in encoded]), [len(ids) for ids, _ in encoded])
+        loss = np.repeat(
+            np.asarray([w for _, w in encoded], np.float32), [len(ids) for ids, _ in encoded]
+        )
         if not loss.any():
             raise BadRow("template", "the template writes nothing for the assistant's messages")
         if tokens[-1] != self.eos:

@@ -50,8 +50,7 @@ class ShuffledRows:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - as long-lived as the source itself
     def _order(self, window: int) -> np.ndarray:
-        size = min(self.epoch_rows, len(self) - window * self.epoch_rows)
-        return np.random.default_rng((self.seed, 2, window)).permutation(size)
+        return np.random.default_rng((self.seed, 2, window)).permutation(self.epoch_rows)
 
     def __hash__(self) -> int:
         return id(self)

@@ -30,7 +30,7 @@ from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve
 from llada2_jax.types import SpecialTokens
 
 FORMAT_VERSION = 1
-MANIFEST, PLAN = "manifest.json", "plan.json"
+MANIFEST, PLAN, TOKENIZER = "manifest.json", "plan.json", "tokenizer"
 SPLITS = ("train", "validation")
 # Long texts are kept in records of this many tokens, so that a row never reads megabytes.
 CHUNK_TOKENS = 1 << 16
@@ -148,8 +148,11 @@ def _record_plan(folder: Path, job: Job, units: list[Unit]) -> None:
     wanted = json.loads(json.dumps(wanted))
     path = folder / PLAN
     if not path.exists():
-        if any(folder.iterdir()):
+        if any(p.name != TOKENIZER for p in folder.iterdir()):
             raise PrepareError(f"{folder} holds other files: name an empty or a new folder")
+        (folder / TOKENIZER).mkdir(exist_ok=True)
+        for name, text in job.tokenizer_files.items():
+            (folder / TOKENIZER / name).write_bytes(text.encode())
         write_json(path, wanted)
         return
     found = json.loads(path.read_text())
@@ -248,6 +251,7 @@ class UnitWriter:
             split = split_of(name, self._job.validation_percent)
             shards[split].write(example, stable_hash(name), index, self._dtype)
         report = {
+            "size": unit.size,
             "rows": tally.rows,
             "bad": dict(sorted(tally.bad.items())),
             "shown": tally.shown,

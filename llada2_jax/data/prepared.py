@@ -9,9 +9,10 @@ from typing import Any
 
 import grain
 import numpy as np
+from tokenizers import Tokenizer
 
 from llada2_jax.data.examples import decode_record
-from llada2_jax.data.prepare import FORMAT_VERSION, INDEX, MANIFEST, PLAN, SPLITS
+from llada2_jax.data.prepare import FORMAT_VERSION, INDEX, MANIFEST, PLAN, SPLITS, TOKENIZER
 from llada2_jax.data.sources import SourceSpec, Unit, place
 
 
@@ -19,8 +20,13 @@ class PreparedError(ValueError):
     """A folder that is not prepared data, or that does not fit the run."""
 
 
-def is_prepared(folder: str | Path) -> bool:
-    return (Path(folder) / MANIFEST).is_file() or (Path(folder) / PLAN).is_file()
+def prepared_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that a prepared folder was made with. Raises: PreparedError."""
+    path = Path(folder) / TOKENIZER / "tokenizer.json"
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise PreparedError(f"{path} cannot be read: {error}; prepare it again") from None
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -130,15 +130,21 @@ def list_files(path: str, patterns: tuple[str, ...]) -> list[epath.Path]:
     """
     root = epath.Path(path).expanduser()
     if root.is_dir():
-        found = [p for p in root.rglob("*") if any(fnmatch.fnmatch(p.name, x) for x in patterns)]
+        found = [p for p in _walk(root) if any(fnmatch.fnmatch(p.name, x) for x in patterns)]
     elif any(c in root.name for c in "*?["):
-        found = list(root.parent.glob(root.name))
+        found = [p for p in root.parent.glob(root.name) if p.is_file()]
     else:
-        found = [root]
-    found = sorted(p for p in found if p.is_file())
+        found = [root] if root.is_file() else []
+    found = sorted(found)
     if not found:
         raise SourceError(f"{path}: no such file, or none that matches {', '.join(patterns)}")
     return found
+
+
+def _walk(root: epath.Path) -> Iterator[epath.Path]:
+    """All files below a folder; epath refuses recursive patterns."""
+    for folder, _, names in root.walk():
+        yield from (folder / name for name in names)
 
 
 def _files(spec: SourceSpec, patterns: tuple[str, ...]) -> list[tuple[epath.Path, str]]:
