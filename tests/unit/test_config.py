@@ -1,20 +1,31 @@
 """Configs: what is declared is used, and everything else is an error that names it."""
 
+import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from llada2_jax import cli
+from llada2_jax.assets import TINY_AR
 from llada2_jax.config import (
     ConfigError,
     Phase,
     ScheduleConfig,
+    TrainConfig,
     default_config,
     load_config,
     model_dict,
     validate,
 )
+from llada2_jax.hub import load_bundle, param_shapes
+from llada2_jax.model import build
+from llada2_jax.quickstart import ReportConfig
 from llada2_jax.schedules import embedding_noise_sigma
+from llada2_jax.train_step import init_state, make_context, make_train_step
+from llada2_jax.types import Batch, ModelConfig
 from tests.helpers import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +216,27 @@ def test_the_command_names_a_wrong_override(argument, named, tmp_path, capsys):
 
 
 @load_module
+def test_quickstart_names_a_wrong_override(tmp_path, capsys):
+    """Its config holds others, which are locked too."""
+    file = f"--config={ROOT / 'configs' / 'quickstart.py'}"
+    argv = ["quickstart", file, f"--workdir={tmp_path / 'run'}"]
+    for group in ("", "report.", "conversion.optimizer."):
+        assert cli.main([*argv, f"--config.{group}surprise=1"]) == 1
+        error = capsys.readouterr().err
+        assert error == "llada2 quickstart: the config has no field 'surprise'\n"
+    assert not (tmp_path / "run").exists()
+
+
+@load_module
+@pytest.mark.parametrize("command", ["train", "quickstart"])
+def test_print_config_shows_overrides_and_stops(command, tmp_path, capsys):
+    name = {"train": "tiny_ar.py", "quickstart": "quickstart.py"}[command]
+    file, place = f"--config={ROOT / 'configs' / name}", tmp_path / "run"
+    assert cli.main([command, file, "--print_config", f"--workdir={place}"]) == 0
+    assert f"workdir: {place}" in capsys.readouterr().out and not place.exists()
+
+
+@load_module
 @pytest.mark.parametrize("argv", [[], ["--config=/nowhere/config.py"], ["--workdir=x"]])
 def test_the_command_says_what_config_it_needs(argv, capsys):
     assert cli.main(["train", *argv]) != 0
@@ -220,12 +252,81 @@ def test_help_has_examples(capsys):
 # -------------------------------------------------------------------------------- shipped files
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_are_valid(path):
-    config = load_config(path)
-    if "schedule" not in config:
-        pytest.skip("not a training config")
+def training_configs() -> list:
+    """Every training config of configs/: the files, and the stages that a quickstart holds."""
+    found = []
+    for path in CONFIGS:
+        config = load_config(path)
+        if "schedule" in config:
+            found.append(pytest.param(config, id=path.stem))
+            continue
+        parts = {k: v for k, v in config.items() if isinstance(v, ConfigDict) and "schedule" in v}
+        found += [pytest.param(part, id=f"{path.stem}.{name}") for name, part in parts.items()]
+    return found
+
+
+def shipped_model(config) -> tuple[TrainConfig, ModelConfig]:
+    """The config validated, and the architecture it trains."""
+    config = config.copy_and_resolve_references()
     if not config.init.checkpoint:
         config.data.tokenizer = "a folder"
     cfg = validate(config)
+    model = (
+        load_bundle(cfg.init.checkpoint).config if cfg.init.checkpoint else ModelConfig(**cfg.model)
+    )
+    return cfg, dataclasses.replace(model, **dataclasses.asdict(cfg.runtime))
+
+
+@pytest.mark.parametrize("config", training_configs())
+def test_shipped_configs_are_valid(config):
+    cfg, model = shipped_model(config)
     assert cfg.total_steps > 0 and cfg.workdir.startswith("runs/")
+    assert cfg.data.row_length <= model.max_position_embeddings
+    assert cfg.eval.rows % (cfg.data.rows_per_step // cfg.optimizer.accumulate) == 0
+
+
+@pytest.mark.parametrize("config", training_configs())
+def test_a_step_of_a_shipped_config_keeps_the_shapes_of_its_state(config):
+    """Traced, not run: shapes and dtypes of every phase's step."""
+    cfg, model = shipped_model(config)
+    state = jax.eval_shape(lambda p: init_state(cfg, p), build(model)[1])
+    shape = (cfg.data.rows_per_step, cfg.data.row_length)
+    ints = jax.ShapeDtypeStruct(shape, jnp.int32)
+    fields = dict.fromkeys((f.name for f in dataclasses.fields(Batch)), ints)
+    batch = Batch(**fields | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool)})
+    for objective in sorted({phase.objective for phase in cfg.phases}):
+        step = make_train_step(cfg, model, objective)
+        after, metrics = jax.eval_shape(step, state, batch, make_context(cfg, 1, 0))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), state
+        )
+        assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+
+
+QUICKSTARTS = [path for path in CONFIGS if "quickstart" in path.stem]
+
+
+@pytest.mark.parametrize("path", QUICKSTARTS, ids=lambda path: path.stem)
+def test_a_quickstart_is_one_pipeline(path):
+    """Its stages fit together: what each starts from, what is merged, what is measured."""
+    config = load_config(path)
+    (parent, trained), (ar, _), (conversion, model) = map(
+        shipped_model, (config.parent, config.ar, config.conversion)
+    )
+    assert parent.model and [p.objective for p in parent.phases] == ["ar"]
+    assert {p.objective for p in ar.phases} == {"ar"}
+    assert "ar" not in {p.objective for p in conversion.phases}
+    # Both continue the checkpoint that the parent's training ships.
+    assert ar.init.checkpoint == conversion.init.checkpoint == str(TINY_AR)
+    assert param_shapes(trained) == param_shapes(model)
+    assert ar.data == conversion.data  # one corpus serves both
+    last = conversion.phases[-1]
+    saved = -(-last.tokens // conversion.checkpoint.every_tokens)
+    assert 1 <= config.merge_top_k <= min(saved, conversion.checkpoint.keep_best)
+    report = ReportConfig(**config.report.to_dict())
+    row = conversion.data.row_length
+    assert all(row % block == 0 for block in report.block_sizes) and row in report.block_sizes
+    assert last.block_size in report.block_sizes and report.eval_rows % 8 == 0
+    assert all(0 < threshold <= 1 for threshold in report.thresholds)
+    longest = max(report.prompt_tokens + report.max_new_tokens, 32 + report.speed_tokens)
+    assert longest <= model.max_position_embeddings
