@@ -138,7 +138,9 @@ def launch(
         return pl.BlockSpec(shape, lambda b, h, i, index, order, _: (b, h, here(index), 0))
 
     in_specs = [
-        pl.BlockSpec((None, 1, runs.shape[-1]), lambda b, h, i, *_: (b, 0, 0), memory_space=pltpu.SMEM),
+        pl.BlockSpec(
+            (None, 1, runs.shape[-1]), lambda b, h, i, *_: (b, 0, 0), memory_space=pltpu.SMEM
+        ),
         pl.BlockSpec(
             (None, None, *strip.bounds.shape[2:]),
             lambda b, h, i, index, order, _: (b, order[b, i], 0, 0, 0),

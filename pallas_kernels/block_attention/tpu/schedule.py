@@ -113,18 +113,20 @@ def clip_to_strip(bounds: Bounds, begin: int | Array, length: int) -> Bounds:
     return jnp.clip(bounds - begin, 0, length)
 
 
-def tiles_to_visit(runs: Int[Array, "batch tiles runs fields"]):
-    """Tiles with work in every row, those first: (order [batch, tiles], counts [batch]).
+def tiles_to_visit(
+    runs: Int[Array, "batch tiles runs fields"],
+) -> tuple[Int[Array, "batch tiles"], Int[Array, " batch"]]:
+    """The tiles with work in every row, in order, and how many they are; the last one repeats.
 
-    A row without any visits one tile all the same, since what the kernel sums up is written by
-    the visits.
+    A row without any names one tile all the same: what the kernel carries on is written by visits.
     """
-    work = runs[..., 3].sum(-1) > 0
-    order = jnp.argsort(~work, axis=1, stable=True).astype(jnp.int32)
-    counts = jnp.maximum(work.sum(-1, dtype=jnp.int32), 1)
-    steps = jnp.arange(order.shape[1], dtype=jnp.int32)
-    last = jnp.take_along_axis(order, counts[:, None] - 1, axis=1)
-    return jnp.where(steps < counts[:, None], order, last), counts
+    done = jnp.cumsum(runs[..., 3].sum(-1) > 0, axis=1, dtype=jnp.int32)
+    counts = jnp.maximum(done[:, -1], 1)
+    visit = jnp.arange(done.shape[1], dtype=jnp.int32)
+    visit = jnp.minimum(visit, counts[:, None] - 1)
+    # The n-th tile with work has n of them before it. A sort would take the compiler 13 s.
+    order = (done[:, None, :] <= visit[:, :, None]).sum(-1, dtype=jnp.int32)
+    return jnp.minimum(order, done.shape[1] - 1), counts
 
 
 def visit_windows(
