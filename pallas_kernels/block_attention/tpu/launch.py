@@ -148,7 +148,8 @@ def launch(
         *map(strip_spec, of_strip),
         *map(tile_spec, (*of_tile, *carry)),
     ]
-    outputs = (*tile_outputs, *strip_outputs)
+    varies = jax.typeof(of_tile[0]).manual_axis_type  # over the mesh, inside a shard_map
+    outputs = [x.update(manual_axis_type=varies) for x in (*tile_outputs, *strip_outputs)]
     blocks = sum(strip.length * x.shape[3] * x.dtype.itemsize for x in (*of_strip, *strip_outputs))
     blocks += sum(
         math.prod(x.shape[3:]) * x.dtype.itemsize for x in (*of_tile, *carry, *tile_outputs)
