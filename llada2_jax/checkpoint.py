@@ -12,7 +12,8 @@ JSON items are written as `ocp.args.JsonSave` writes them (a file `metadata` in 
 
 Parameters are read and written through TensorStore, chunk by chunk, so that conversion and merging
 never hold a model in memory. What is written here restores with Orbax, and what Orbax saved is
-read here. Our own arrays carry a CRC32C a chunk: Orbax alone does not notice flipped bits.
+read here. Orbax alone does not notice flipped bits: our own arrays carry a CRC32C a chunk, and a
+training checkpoint an item `checksums` (see checksums.py), which every complete read verifies.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -35,12 +37,14 @@ import numpy as np
 import tensorstore as ts
 from flax import nnx
 
+from llada2_jax import checksums
 from llada2_jax.types import ModelConfig, Params, RopeScaling, SpecialTokens
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 << 20  # small enough to stream, large enough that mini is hundreds of files
 CACHE_BYTES = 256 << 20  # decoded chunks kept while slices of them are read in order
-PARAMS, MODEL, TOKENIZER, TRAIN = "params", "model", "tokenizer", "train"
+PARAMS, OPTIMIZER = "params", "optimizer"
+MODEL, TOKENIZER, TRAIN, CHECKSUMS = "model", "tokenizer", "train", "checksums"
 
 
 class CheckpointError(ValueError):
@@ -282,9 +286,33 @@ class ParamReader:
         return _wait((array[index] if index else array).read(), self.folder, path)
 
     def read_all(self) -> dict[str, np.ndarray]:
-        """All parameters, read at the same time."""
+        """All parameters, read at the same time and verified."""
         pending = {path: array.read() for path, array in self._arrays.items()}
-        return {path: _wait(future, self.folder, path) for path, future in pending.items()}
+        leaves = {path: _wait(future, self.folder, path) for path, future in pending.items()}
+        if self.verifies:
+            for path, leaf in leaves.items():
+                self.verify(path, checksums.box_checksum(leaf, ()))
+        return leaves
+
+    @functools.cached_property
+    def _checksums(self) -> dict[str, int]:
+        return read_checksums(self.folder.parent)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the checkpoint has checksums to compare with."""
+        return bool(self._checksums)
+
+    def verify(self, path: str, total: int) -> None:
+        """Compares the sum of a parameter's `box_checksum`s with what was saved, if that is known.
+
+        Raises: CheckpointError that names a damaged parameter.
+        """
+        if self.verifies and total % 2**32 != self._checksums.get(f"{PARAMS}/{path}"):
+            raise CheckpointError(
+                f"{self.folder}: parameter {path} is damaged: its checksum differs from the one "
+                "taken when it was saved; use another checkpoint"
+            )
 
 
 class ParamWriter:
@@ -409,16 +437,37 @@ def load_bundle(path: str | os.PathLike[str]) -> ModelBundle:
 
 def read_train_item(path: Path) -> dict[str, Any]:
     """The item `train` of a training checkpoint. Raises CheckpointError where there is none."""
-    return _read_json(Path(path) / TRAIN / "metadata")
+    return read_item(path, TRAIN)
+
+
+def read_item(path: Path, name: str) -> dict[str, Any]:
+    """A JSON item of a checkpoint. Raises CheckpointError where it is absent or no JSON object."""
+    return _read_json(Path(path) / name / "metadata")
+
+
+def read_checksums(path: Path) -> dict[str, int]:
+    """The checksums of a checkpoint by item and leaf; {} where it was saved without.
+
+    Raises: CheckpointError where they are damaged themselves.
+    """
+    if not (Path(path) / CHECKSUMS).exists():
+        return {}
+    try:
+        return checksums.unseal(read_item(path, CHECKSUMS))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
         raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
 
 
 def write_items(folder: Path, bundle: ModelBundle) -> None:

@@ -72,7 +72,8 @@ _box_checksum = jax.jit(checksum)
 
 def json_checksum(value: Any) -> int:
     """CRC-32 of the content of a JSON value, however it is written."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    plain = json.loads(json.dumps(value))  # tuples and keys as they come back from a file
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return zlib.crc32(text.encode())
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": ("llada2_jax.convert", "Hugging Face safetensors <-> Orbax, streaming"),
     "verify": ("llada2_jax.verify", "prove a port against golden numbers of the released model"),
     "merge": ("llada2_jax.merge", "average the best checkpoints of a run"),
+    "runs": ("llada2_jax.runs", "compare runs: a table and a plot"),
 }
 
 

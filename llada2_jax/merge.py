@@ -1,12 +1,17 @@
-"""`llada2 merge`: the arithmetic mean of the best checkpoints of a run (arXiv 2512.15745 §4.3)."""
+"""`llada2 merge`: the average of checkpoints of a run.
+
+The mean of the best ones is the paper's (arXiv 2512.15745 §4.3). Weights that follow from a
+learning-rate decay, after a stable phase without one, are Warmup-Stable-Merge's (arXiv 2507.17634).
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from tqdm import tqdm
 
 from llada2_jax import checkpoint
 from llada2_jax.checkpoint import CheckpointError, ModelBundle, ParamReader, ParamWriter
+from llada2_jax.checksums import box_checksum
 from llada2_jax.hub.config import same_architecture
 
 METRIC = "validation.bits_per_byte"
@@ -27,6 +33,9 @@ examples:
 
   # These, whatever their loss:
   llada2 merge runs/mini/checkpoints/9000 runs/mini/checkpoints/9500 --out runs/mini/merged
+
+  # The last ten, weighted as if the learning rate had decayed meanwhile:
+  llada2 merge runs/mini --last 10 --average one-minus-sqrt --out runs/mini/decayed
 
 Losses compare only among checkpoints of one kind (phase, objective and block size): by default
 the newest checkpoint's; what was left out is printed. Memory holds a few chunks of 64 MB,
@@ -64,8 +73,9 @@ def select_best(
     *,
     mode: str = "min",
     kind: str | None = None,
+    newest: bool = False,
 ) -> Selection:
-    """The k best checkpoints of a run (or of a list of runs and checkpoints).
+    """The k best (or the k newest) checkpoints of a run, or of a list of runs and checkpoints.
 
     metric: path in the train item's metrics, e.g. "validation.bits_per_byte"; its group's `kind`
     says what was measured, and only one kind is compared. kind: default that of the newest
@@ -88,9 +98,9 @@ def select_best(
         raise CheckpointError(
             f"{k} checkpoints were asked for, but {len(comparable)} under {_shown(paths)} have "
             f"{metric} of kind {kind}; kinds found: {sorted({str(c.kind) for c in measured})}. "
-            f"Ask for fewer by --top-k, or name another --kind"
+            f"Ask for fewer by --{'last' if newest else 'top-k'}, or name another --kind"
         )
-    sign = 1 if mode == "min" else -1
+    sign = 0 if newest else 1 if mode == "min" else -1
     comparable.sort(key=lambda c: (sign * (c.value or 0.0), -c.step))
     return Selection(tuple(comparable[:k]), excluded, kind, metric)
 
@@ -132,34 +142,75 @@ def _shown(paths: Sequence[Path]) -> str:
 
 # ---- averaging -----------------------------------------------------------------------------------
 
+# Learning rate, as a share of the stable one, when the fraction x of a decay is over.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "mean": lambda x: 1 - x,
+    "one-minus-sqrt": lambda x: 1 - math.sqrt(x),
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+}
+AVERAGES = (*DECAYS, "ema")
+EMA_DECAY = 0.8
+
+
+def average_weights(average: str, count: int, ema_decay: float = EMA_DECAY) -> list[float]:
+    """Weights, which sum to 1, of `count` checkpoints, the oldest first.
+
+    With D one of DECAYS, checkpoint j gets D(j / count) - D((j + 1) / count). A checkpoint is the
+    oldest one plus the updates up to it, so that the updates between checkpoints j - 1 and j come
+    to be scaled by D(j / count): the average is what a run with that decay would have ended at,
+    had its gradients been the same. The linear decay gives the mean. "ema": an exponential moving
+    average over checkpoints, starting at the oldest.
+    """
+    if average == "ema":
+        newest_first = [(1 - ema_decay) * ema_decay**age for age in range(count - 1)]
+        return [ema_decay ** (count - 1), *reversed(newest_first)]
+    decay = DECAYS[average]
+    shares = [decay(j / count) for j in range(count)] + [0.0]
+    return [a - b for a, b in itertools.pairwise(shares)]
+
 
 def merge_checkpoints(
     paths: Sequence[Path],
     out: Path,
     *,
+    weights: Sequence[float] | None = None,
     provenance: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes the mean of model checkpoints as a model checkpoint, slice by slice.
+    """Writes the average of model checkpoints as a model checkpoint, slice by slice.
 
     The sum is fp32; the result has the checkpoints' dtypes, config, tokenizer and defaults.
+    weights: relative weight of each checkpoint, divided by their sum; default: all the same.
     provenance: added to the result's, which always names the sources.
-    Raises: CheckpointError for checkpoints of different models, or weights that are not finite.
+    Raises: CheckpointError for checkpoints of different models, damaged ones, parameters that are
+      not finite, and weights that are not one number >= 0 a checkpoint.
     """
     paths = [checkpoint.require_checkpoint(Path(path)) for path in paths]
     if not paths:
         raise CheckpointError("merge: no checkpoints")
+    weights = [1.0] * len(paths) if weights is None else list(weights)
+    _check_weights(weights, len(paths))
     bundles = [checkpoint.load_bundle(path) for path in paths]
     cache = checkpoint.CACHE_BYTES // len(paths)
     readers = [ParamReader(path / checkpoint.PARAMS, cache) for path in paths]
     for path, bundle, reader in zip(paths[1:], bundles[1:], readers[1:], strict=True):
         _check_same_model(paths[0], bundles[0], path, bundle)
         _check_same_arrays(paths[0], readers[0], path, reader)
-    sources = [{"name": p.name, **b.provenance} for p, b in zip(paths, bundles, strict=True)]
+    sources = [
+        {"name": path.name, "weight": weight / math.fsum(weights), **bundle.provenance}
+        for path, weight, bundle in zip(paths, weights, bundles, strict=True)
+    ]
     provenance = {"merged": sources, **(provenance or {})}
     with checkpoint.replacing(out, overwrite=overwrite) as folder:
-        _write_mean(readers, folder / checkpoint.PARAMS)
+        _write_average(readers, weights, folder / checkpoint.PARAMS)
         checkpoint.write_items(folder, dataclasses.replace(bundles[0], provenance=provenance))
+
+
+def _check_weights(weights: Sequence[float], count: int) -> None:
+    if len(weights) != count:
+        raise CheckpointError(f"{len(weights)} weights were given for {count} checkpoints")
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise CheckpointError(f"weights {list(weights)}: none may be negative, and not all zero")
 
 
 def _check_same_model(a_path: Path, a: ModelBundle, b_path: Path, b: ModelBundle) -> None:
@@ -189,26 +240,39 @@ def _spec(reader: ParamReader, name: str) -> str:
     return "absent" if spec is None else f"{spec.dtype}{list(spec.shape)}"
 
 
-def _write_mean(readers: Sequence[ParamReader], folder: Path) -> None:
+def _write_average(readers: Sequence[ParamReader], weights: Sequence[float], folder: Path) -> None:
     specs = readers[0].specs
     writer = ParamWriter(folder, specs)
     total = sum(spec.nbytes for spec in specs.values())
     with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as bar:
         for name, spec in specs.items():
+            sums = [0] * len(readers)
             for box in checkpoint.boxes(spec.shape, checkpoint.chunk_shape(spec)):
-                mean = _mean(readers, name, box)
-                writer.write(name, box, mean.astype(spec.dtype))
-                bar.update(mean.size * spec.dtype.itemsize)
+                average = _average(readers, weights, name, box, sums)
+                writer.write(name, box, average.astype(spec.dtype))
+                bar.update(average.size * spec.dtype.itemsize)
+            for reader, found in zip(readers, sums, strict=True):
+                reader.verify(name, found)
     writer.finish()
 
 
-def _mean(readers: Sequence[ParamReader], name: str, box: tuple[slice, ...]) -> np.ndarray:
-    total = readers[0].read(name, box).astype(np.float32)
-    for reader in readers[1:]:
-        total += reader.read(name, box).astype(np.float32)
+def _average(
+    readers: Sequence[ParamReader],
+    weights: Sequence[float],
+    name: str,
+    box: tuple[slice, ...],
+    sums: list[int],
+) -> np.ndarray:
+    """The fp32 average of a slice; adds what was read to the checksums of each reader."""
+    total = np.float32(0)
+    for i, (reader, weight) in enumerate(zip(readers, weights, strict=True)):
+        value = reader.read(name, box)
+        if reader.verifies:
+            sums[i] += box_checksum(value, box)
+        total = total + np.float32(weight) * value.astype(np.float32)
     if not np.isfinite(total).all():
         raise CheckpointError(f"parameter {name} has weights that are not finite")
-    return total / np.float32(len(readers))
+    return np.asarray(total / np.float32(math.fsum(weights)))
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -236,6 +300,27 @@ def parser() -> argparse.ArgumentParser:
         help=f"average the best so many (default: {TOP_K} where a run is named; all of the "
         "checkpoints where only checkpoints are)",
     )
+    p.add_argument("--last", type=int, metavar="N", help="average the newest so many instead")
+    p.add_argument(
+        "--average",
+        choices=AVERAGES,
+        default="mean",
+        help="how to weight checkpoints in the order of their steps: all the same, as a decay of "
+        "the learning rate would, or as an exponential moving average (default: mean)",
+    )
+    p.add_argument(
+        "--ema-decay",
+        type=float,
+        default=EMA_DECAY,
+        metavar="D",
+        help=f"weight of the average so far, for --average=ema (default: {EMA_DECAY})",
+    )
+    p.add_argument(
+        "--weights",
+        type=_numbers,
+        metavar="A,B,...",
+        help="relative weights of the checkpoints named, in their order",
+    )
     p.add_argument("--metric", default=METRIC, help=f"what to compare (default: {METRIC})")
     p.add_argument(
         "--mode", choices=("min", "max"), default="min", help="what is best (default: min)"
@@ -256,15 +341,38 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def _run(args: argparse.Namespace) -> None:
-    if args.top_k is None and all(map(checkpoint.is_checkpoint, args.paths)):
+    if not 0 < args.ema_decay < 1:
+        raise CheckpointError(f"--ema-decay={args.ema_decay} must lie between 0 and 1")
+    only_checkpoints = all(map(checkpoint.is_checkpoint, args.paths))
+    if args.weights is not None and not (only_checkpoints and args.average == "mean"):
+        raise CheckpointError(
+            "--weights belong to checkpoints that are named one by one, and exclude --average"
+        )
+    if args.top_k is not None and args.last is not None:
+        raise CheckpointError("--top-k and --last exclude each other")
+    if args.top_k is None and args.last is None and only_checkpoints:
         chosen, provenance = expand(args.paths), {}
     else:
-        k = TOP_K if args.top_k is None else args.top_k
-        selection = select_best(args.paths, k, args.metric, mode=args.mode, kind=args.kind)
+        k = next((n for n in (args.last, args.top_k) if n is not None), TOP_K)
+        selection = select_best(
+            args.paths, k, args.metric, mode=args.mode, kind=args.kind, newest=args.last is not None
+        )
         chosen, provenance = _report(selection)
-    merge_checkpoints(chosen, args.out, provenance=provenance, overwrite=args.overwrite)
-    print(f"wrote the mean of {len(chosen)} checkpoints to {args.out}")
+    weights = args.weights
+    if args.average != "mean":
+        chosen = sorted(chosen, key=lambda p: int(checkpoint.read_train_item(p)["step"]))
+        weights = average_weights(args.average, len(chosen), args.ema_decay)
+        provenance["average"] = args.average
+    merge_checkpoints(
+        chosen, args.out, weights=weights, provenance=provenance, overwrite=args.overwrite
+    )
+    named = "weighted mean" if weights else "mean"
+    print(f"wrote the {named} of {len(chosen)} checkpoints to {args.out}")
 
 
 def _report(selection: Selection) -> tuple[list[Path], dict[str, Any]]:

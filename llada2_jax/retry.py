@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
-
-T = TypeVar("T")
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0  # seconds
 
@@ -16,7 +13,7 @@ class StorageError(OSError):
     """Storage kept failing for as long as the config allows; the message says what and why."""
 
 
-def with_retries(
+def with_retries[T](
     action: Callable[[], T],
     what: str,
     *,

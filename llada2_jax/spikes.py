@@ -26,8 +26,8 @@ class SpikeWatch:
 
 def fresh_watch() -> SpikeWatch:
     """A watch that has seen nothing, as a phase begins with: another objective, another loss."""
-    zeros = jnp.zeros(2, jnp.float32)
-    return SpikeWatch(zeros, zeros, jnp.zeros((), jnp.int32))
+    # Not one array twice: the state is donated.
+    return SpikeWatch(jnp.zeros(2), jnp.zeros(2), jnp.zeros((), jnp.int32))
 
 
 def judge(
@@ -39,7 +39,8 @@ def judge(
     weight = 1 - decay ** watch.count.astype(jnp.float32)  # of all steps so far: below 1 at first
     mean = watch.mean / jnp.maximum(weight, 1e-6)
     variance = watch.square / jnp.maximum(weight, 1e-6) - mean**2
-    limit = mean + cfg.deviations * jnp.sqrt(jnp.maximum(variance, 0.0))
+    variance = jnp.maximum(variance, (1e-3 * mean) ** 2)  # a flat stretch is no reason to be picky
+    limit = mean + cfg.deviations * jnp.sqrt(variance)
     finite = jnp.isfinite(values).all()
     spiked = finite & (watch.count >= cfg.window) & (values > limit)
     events = jnp.concatenate([~finite[None], spiked])

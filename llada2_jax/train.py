@@ -8,12 +8,12 @@ The loop never waits for the device between steps: metrics are fetched `log_ever
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +34,23 @@ from llada2_jax.hub.huggingface import read_tokenizer_files
 from llada2_jax.metrics import MetricLogger
 from llada2_jax.model import init_params
 from llada2_jax.model.mask_embedding import mask_row
+from llada2_jax.objectives import Context
+from llada2_jax.preemption import Preempted, PreemptionNotice
+from llada2_jax.retry import with_retries
+from llada2_jax.run_folder import record_config, record_start
 from llada2_jax.schedules import embedding_noise_sigma, learning_rate
+from llada2_jax.spikes import EVENTS
 from llada2_jax.train_checkpoints import TrainCheckpoints
 from llada2_jax.train_step import (
     TrainState,
+    begin_phase,
     evaluate,
     init_state,
     make_context,
     make_eval_step,
     make_grad_norms_by_rate,
     make_train_step,
-    reset_moments,
+    roll_back,
 )
 from llada2_jax.types import Batch, ModelConfig
 
@@ -149,14 +155,16 @@ def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") 
       corpus: the data, if the caller has it already.
       profile: folder for a trace of ten steps, taken once steps are warm; empty: none.
 
-    Raises: ConfigError, CheckpointError, TrainingStopped.
+    Raises: ConfigError, CheckpointError, TrainingStopped, StorageError; Preempted (a SystemExit)
+      after a notice of preemption.
     """
-    run, first_step = _start(cfg, corpus)
-    try:
-        _loop(run, first_step, profile)
-    finally:
-        run.logger.close()
-        run.checkpoints.close()
+    with PreemptionNotice(cfg.checkpoint.preemption_seconds) as notice:
+        run, first_step = _start(cfg, corpus)
+        try:
+            _loop(run, first_step, notice, profile)
+        finally:
+            run.logger.close()
+            run.checkpoints.close()
     return dataclasses.replace(run.bundle, params=run.state.model_params)
 
 
@@ -173,18 +181,28 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         validation = corpus.validation_batches(cfg.data, cfg.eval.rows, rows)
     except ValueError as error:  # a source that is not there, or too few rows to validate on
         raise ConfigError(f"config: {error}") from error
-    checkpoints = TrainCheckpoints(workdir, cfg.checkpoint)
+    checkpoints = TrainCheckpoints(workdir, cfg.checkpoint, tokens_per_step=cfg.tokens_per_step)
     state, first_step = init_state(cfg, bundle.params), 0
-    latest = checkpoints.latest
-    if latest is not None:
-        state, first_step = _restore(checkpoints, latest, state)
+    restored = _restored(checkpoints, state)
+    if restored is not None:
+        state, first_step = restored
     logger = MetricLogger(
         workdir,
         total_steps=cfg.total_steps,
         first_step=first_step,
         tokens_per_step=cfg.tokens_per_step,
         label=workdir.name,
+        retry_seconds=cfg.checkpoint.retry_seconds,
+        wandb_project=cfg.wandb_project,
+        config=dataclasses.asdict(cfg),
+        write=jax.process_index() == 0,
     )
+    if jax.process_index() == 0:
+        data = corpus.report(cfg.data)
+        start = functools.partial(
+            record_start, workdir, step=first_step, params=state.params, data=data
+        )
+        _stored(cfg, start, f"writing {workdir}/starts.jsonl")
     if first_step:
         logger.say(f"resuming {workdir} after step {first_step} of {cfg.total_steps}")
     bundle = dataclasses.replace(bundle, params=None)
@@ -192,54 +210,58 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
 
 
 def _record_config(workdir: Path, cfg: TrainConfig) -> None:
-    """Writes config.json once; a resumed run must have been started with the same config.
-
-    `log_every` and `checkpoint` do not change what is computed and may differ.
-    """
-    free = ("log_every", "checkpoint", "workdir")
-    described = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    path = workdir / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [k for k in described if k not in free and before.get(k) != described[k]]
-        if changed:
-            raise ConfigError(
-                f"{workdir} holds a run with another config.{changed[0]}: "
-                f"{before.get(changed[0])} there, {described[changed[0]]} now; "
-                "choose another workdir, or remove it to start again"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(described, indent=1))
+    if jax.process_index() == 0:
+        record = functools.partial(record_config, workdir, cfg)
+        _stored(cfg, record, f"writing {workdir}/config.json")
 
 
-def _counters(state: TrainState) -> tuple:
-    return state.opt_state, state.step, state.skipped_in_a_row, state.skipped
+def _stored(cfg: TrainConfig, action: Callable[[], None], what: str) -> None:
+    with_retries(action, what, seconds=cfg.checkpoint.retry_seconds)
 
 
-def _restore(checkpoints: TrainCheckpoints, step: int, state: TrainState) -> tuple[TrainState, int]:
-    params, counters, train = checkpoints.restore(step, state.model_params, _counters(state))
+def _restored(
+    checkpoints: TrainCheckpoints, like: TrainState, before: int | None = None
+) -> tuple[TrainState, int] | None:
+    """The newest checkpoint's state, placed as `like` is, and its step."""
+    found = checkpoints.restore_newest(like.model_params, like.beside_params, before=before)
+    if found is None:
+        return None
+    params, rest, train_item = found
     trained, buffers = nnx.split_state(params, nnx.Param, ...)
-    opt_state, taken, in_a_row, skipped = counters
-    return TrainState(taken, trained, buffers, opt_state, in_a_row, skipped), train["step"]
+    return dataclasses.replace(rest, params=trained, buffers=buffers), train_item["step"]
 
 
-def _loop(run: Run, first_step: int, profile: str) -> None:
-    """Steps first_step .. total_steps, each logged, and now and then validated and saved."""
-    cfg, logger = run.cfg, run.logger
-    rows = run.corpus.training_rows(cfg.data, cfg.total_steps * cfg.data.rows_per_step, cfg.seed)
-    source = batches(rows, rows_per_step=cfg.data.rows_per_step, first_step=first_step)
-    pending: list[tuple[int, Phase, dict]] = []
-    waited, clock = 0.0, time.perf_counter()
-    for step in range(first_step, cfg.total_steps):
-        index, phase = cfg.phase_at(step)
-        _profile(profile, step - first_step)
+@dataclasses.dataclass
+class _Pending:
+    """Steps whose metrics are still on the device, and what the host waited for meanwhile."""
+
+    steps: list[tuple[int, Phase, dict]] = dataclasses.field(default_factory=list)
+    input_wait: float = 0.0
+    since: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def next(self, source: Iterator[Batch]) -> Batch:
         before = time.perf_counter()
         batch = next(source)
         # Only an idle device waits: while it computes, input is prepared at no cost.
-        if not pending or pending[-1][2]["loss"].is_ready():
-            waited += time.perf_counter() - before
-        if cfg.optimizer.reset_each_phase and _phase_starts(cfg, step):
-            run.state = reset_moments(run.state)
+        if not self.steps or self.steps[-1][2]["loss"].is_ready():
+            self.input_wait += time.perf_counter() - before
+        return batch
+
+
+def _loop(run: Run, first_step: int, notice: PreemptionNotice, profile: str) -> None:
+    """Steps first_step .. total_steps, each logged, and now and then validated and saved."""
+    cfg = run.cfg
+    rows = run.corpus.training_rows(cfg.data, cfg.total_steps * cfg.data.rows_per_step, cfg.seed)
+    source = batches(rows, rows_per_step=cfg.data.rows_per_step, first_step=first_step)
+    pending = _Pending()
+    for step in range(first_step, cfg.total_steps):
+        if notice.reached(step):
+            _leave(run, step, pending, saved=step == first_step)
+        _, phase = cfg.phase_at(step)
+        _profile(profile, step - first_step)
+        batch = pending.next(source)
+        if _phase_starts(cfg, step):
+            run.state = begin_phase(cfg, run.state)
         context = make_context(
             cfg,
             phase.block_size,
@@ -247,15 +269,37 @@ def _loop(run: Run, first_step: int, profile: str) -> None:
             sigma=embedding_noise_sigma(cfg, step),
         )
         run.state, metrics = run.train_step(phase)(run.state, batch, context)
-        pending.append((step + 1, phase, metrics))
+        pending.steps.append((step + 1, phase, metrics))
         done, ends = step + 1, _phase_starts(cfg, step + 1)
-        if len(pending) >= cfg.log_every or ends:
-            _log(run, pending, waited, time.perf_counter() - clock)
-            pending, waited, clock = [], 0.0, time.perf_counter()
-        if ends or _due(cfg, cfg.eval.every_tokens, done) or _save_due(cfg, done):
-            _validate_and_save(run, done, index, phase, batch, context, ends=ends)
-            clock = time.perf_counter()
-    logger.advance(0, "done")
+        saves = ends or _due(cfg, cfg.checkpoint.every_tokens, done)
+        measures = saves or _due(cfg, cfg.eval.every_tokens, done)
+        # Where the host looks depends on the step alone, so that a resumed run reacts to the same.
+        if measures or done % cfg.log_every == 0:
+            event = _log(run, pending)
+            if event is not None:
+                _react(run, done, *event)
+            pending = _Pending()
+        if measures:
+            scores = _validate(run, done, phase, batch, context, ends=ends)
+            if saves:
+                _save(run, done, scores)
+            pending.since = time.perf_counter()
+        elif run.checkpoints.failed and not pending.steps:
+            _save(run, done)
+    run.checkpoints.wait()
+    if run.checkpoints.failed:
+        _save(run, cfg.total_steps)
+    run.logger.advance(0, "done")
+
+
+def _leave(run: Run, step: int, pending: _Pending, *, saved: bool) -> NoReturn:
+    """Saves, unless the steps since the last look are bound to be rolled back, and makes room."""
+    if not saved and (not pending.steps or _log(run, pending) is None):
+        _save(run, step, wait=True)
+    newest = max(run.checkpoints.steps(), default=0)
+    message = f"preempted: step {newest} of {run.cfg.total_steps} is saved; start again to go on"
+    run.logger.say(message)
+    raise Preempted(message)
 
 
 def _phase_starts(cfg: TrainConfig, step: int) -> bool:
@@ -271,40 +315,78 @@ def _due(cfg: TrainConfig, every_tokens: int, step: int) -> bool:
     )
 
 
-def _save_due(cfg: TrainConfig, step: int) -> bool:
-    return _due(cfg, cfg.checkpoint.every_tokens, step)
+def _log(run: Run, pending: _Pending) -> tuple[str, str, int] | None:
+    """Fetches the metrics of the last steps (here the host waits) and writes them.
 
-
-def _log(run: Run, pending: list, waited: float, elapsed: float) -> None:
-    """Fetches the metrics of the last steps (here the host waits) and writes them."""
+    Returns (policy, event, step) for the first step that calls for more than being skipped.
+    """
     cfg, rate = run.cfg, learning_rate(run.cfg.optimizer, run.cfg.total_steps)
-    steps, fetched = len(pending), []
-    for step, phase, metrics in pending:
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        fetched.append(values)
+    steps, called_for = len(pending.steps), None
+    fetched = [
+        {k: float(v) for k, v in jax.device_get(metrics).items()} for *_, metrics in pending.steps
+    ]
+    elapsed = time.perf_counter() - pending.since
+    for (step, phase, _), values in zip(pending.steps, fetched, strict=True):
+        called_for = called_for or _call(cfg, step, values)
+        values = {k: v for k, v in values.items() if v or not k.startswith("spike_")}
         extra = {"learning_rate": float(np.asarray(rate(step - 1))), "block_size": phase.block_size}
         extra["embedding_noise"] = embedding_noise_sigma(cfg, step - 1)
-        if step == pending[-1][0]:
+        if step == pending.steps[-1][0]:
             extra["tokens_per_second"] = steps * cfg.tokens_per_step / elapsed
-            extra["input_wait_fraction"] = waited / elapsed
+            extra["input_wait_fraction"] = pending.input_wait / elapsed
         run.logger.write(step, "train", phase.name, values | extra)
-    last = fetched[-1]
+    last, (step, phase, _) = fetched[-1], pending.steps[-1]
     shown = {"loss": sum(f["loss"] for f in fetched) / steps, "grad": last["grad_norm"]}
     if last["skipped"]:
         shown["skipped"] = last["skipped"]
-    run.logger.advance(steps, pending[-1][1].name, **shown)
+    run.logger.advance(steps, phase.name, **shown)
     worst = max(f["skipped_in_a_row"] for f in fetched)
     if worst >= cfg.optimizer.max_consecutive_skips:
         raise TrainingStopped(
-            f"the loss or gradient was not finite in {worst:.0f} steps in a row (step "
-            f"{pending[-1][0]}, phase {pending[-1][1].name}): parameters are as before the first "
+            f"the loss or gradient was not finite, or spiked, in {worst:.0f} steps in a row (step "
+            f"{step}, phase {phase.name}): parameters are as before the first "
             "of them; lower optimizer.learning_rate, or look at the data of these steps"
         )
+    return called_for
 
 
-def _validate_and_save(
-    run: Run, step: int, index: int, phase: Phase, batch: Batch, context, *, ends: bool
-) -> None:
+def _call(cfg: TrainConfig, step: int, values: dict[str, float]) -> tuple[str, str, int] | None:
+    """(policy, event, step) where a step was one that the config does not just skip."""
+    for event in EVENTS:
+        policy = getattr(cfg.spikes, event)
+        if values[f"spike_{event}"] and policy in ("rollback", "stop"):
+            return policy, event, step
+    return None
+
+
+def _react(run: Run, done: int, policy: str, event: str, step: int) -> None:
+    """Rolls back to the newest checkpoint before `step` and skips all steps up to `done`, or
+    stops."""
+    spikes = run.cfg.spikes
+    what = f"spikes.{event}={policy!r} was called for by step {step}"
+    if policy == "stop":
+        raise TrainingStopped(f"{what}; start again with another policy to go on from before it")
+    if int(run.state.rollbacks) >= spikes.max_rollbacks:
+        raise TrainingStopped(
+            f"{what}, but the run went back spikes.max_rollbacks={spikes.max_rollbacks} times "
+            "already; lower optimizer.learning_rate, or look at the data of these steps"
+        )
+    found = _restored(run.checkpoints, run.state, before=step)
+    if found is None:
+        raise TrainingStopped(f"{what}, but there is no checkpoint before it to go back to")
+    earlier, source = found
+    run.state = roll_back(run.state, earlier)
+    run.logger.cut_back(source)
+    name = run.cfg.phase_at(done - 1)[1].name
+    values = {"event": event, "spike_step": step, "restored_step": source}
+    run.logger.write(done, "rollback", name, values)
+    run.logger.say(f"{what}: back to checkpoint {source}, skipping the steps up to {done}")
+    _save(run, done)
+
+
+def _validate(
+    run: Run, step: int, phase: Phase, batch: Batch, context: Context, *, ends: bool
+) -> dict[str, Any]:
     cfg = run.cfg
     scores = run.validate(phase)
     if ends and cfg.eval.rate_buckets and phase.objective != "ar":
@@ -319,18 +401,28 @@ def _validate_and_save(
         f"step {step:>6}  {phase.name:<12} validation {scores['bits_per_byte']:.4f} "
         f"± {scores['bits_per_byte_stderr']:.4f} bits/byte ({scores['kind']})"
     )
-    if not (ends or _save_due(cfg, step)):
-        return
+    return scores
+
+
+def _save(run: Run, step: int, scores: dict[str, Any] | None = None, *, wait: bool = False) -> None:
+    """Checkpoint `step`; without scores where nothing was measured."""
+    cfg = run.cfg
+    index, phase = cfg.phase_at(step - 1)
     train_item = {
         "step": step,
         "phase": phase.name,
         "phase_index": index,
-        "metrics": {"validation": scores},
+        "metrics": {"validation": scores} if scores else {},
         "data": {"next_row": step * cfg.data.rows_per_step},
+        "seed": cfg.seed,  # with the documents' ids and visits, all there is to randomness
     }
     provenance = {"run": cfg.workdir, "step": step, "phase": phase.name}
     bundle = dataclasses.replace(run.bundle, provenance=provenance)
-    run.checkpoints.save(step, bundle, run.state.model_params, _counters(run.state), train_item)
+    run.logger.sync()
+    state = run.state
+    run.checkpoints.save(
+        step, bundle, state.model_params, state.beside_params, train_item, wait=wait
+    )
 
 
 def _first_micro_batch(batch: Batch, accumulate: int) -> Batch:

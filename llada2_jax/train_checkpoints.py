@@ -1,30 +1,49 @@
 """What a run keeps on disk, and how it comes back.
 
 Each `<workdir>/checkpoints/<step>/` is a model checkpoint (see checkpoint.py) that also holds the
-items `optimizer` (moments and counters) and `train` (JSON: step, phase, metrics, data position).
+items `optimizer` (all of the state but parameters), `train` (JSON: step, phase, metrics, data
+position) and `checksums`. Orbax writes it in the background under another name and renames it at
+the end, so that it is there whole or not at all. docs/reliability.md says what that withstands.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
-from llada2_jax.checkpoint import CHUNK_BYTES, ModelBundle
+from llada2_jax import checkpoint
+from llada2_jax.checkpoint import CheckpointError, ModelBundle
+from llada2_jax.checksums import json_checksum, seal, tree_checksums
 from llada2_jax.config import CheckpointConfig
+from llada2_jax.retry import describe, with_retries
 from llada2_jax.types import Params
 
-ITEMS = ("params", "optimizer", "model", "tokenizer", "train")
+PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
+DELETED = ".deleted"  # ends the name of what is being removed
+JSON_ITEMS = (checkpoint.MODEL, checkpoint.TOKENIZER, checkpoint.TRAIN)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class KeepLastAndBest:
-    """Preserves the newest checkpoints and, of each kind of validation loss, the best ones.
+class Retention:
+    """Which checkpoints stay: the newest, of each kind of validation loss the best, and the first
+    one past each multiple of `every` steps (0: none of those).
 
     Losses of different kinds (another block size, another phase) do not compare, so each kind has
     its own best.
@@ -32,34 +51,51 @@ class KeepLastAndBest:
 
     last: int
     best: int
+    every: int = 0
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def kept(self, scores: Mapping[int, Mapping[str, Any]]) -> set[int]:
+        """The steps to keep, of {step: validation scores, or {} where none were taken}."""
+        steps = sorted(scores)
+        kept = set(steps[-self.last :])
         kinds: dict[str, list[tuple[float, int]]] = {}
-        for index, info in enumerate(checkpoints):
-            metrics = info.metrics or {}
-            if "bits_per_byte" in metrics:
-                kinds.setdefault(metrics["kind"], []).append((metrics["bits_per_byte"], index))
-        kept = set(range(len(checkpoints) - self.last, len(checkpoints)))
-        for scores in kinds.values():
-            kept |= {index for _, index in sorted(scores)[: self.best]}
-        return [index in kept for index in range(len(checkpoints))]
+        for step in steps:
+            if "bits_per_byte" in scores[step]:
+                kind, value = scores[step]["kind"], scores[step]["bits_per_byte"]
+                kinds.setdefault(kind, []).append((value, step))
+        for ranked in kinds.values():
+            kept |= {step for _, step in sorted(ranked)[: self.best]}
+        if self.every:
+            firsts = {step // self.every: step for step in reversed(steps)}
+            kept |= {step for multiple, step in firsts.items() if multiple}
+        return kept
 
 
 class TrainCheckpoints:
-    """Saves and restores a run's state under `<workdir>/checkpoints`."""
+    """Saves and restores a run's state under `<workdir>/checkpoints`, on all processes together.
 
-    def __init__(self, workdir: Path, cfg: CheckpointConfig):
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=KeepLastAndBest(cfg.keep_last, cfg.keep_best),
-            enable_async_checkpointing=False,
-        )
-        folder = (Path(workdir) / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
+    Arrays may be sharded in any way: each process writes and reads its own shards, and a state
+    comes back under another mesh or number of processes than it was saved from.
+    """
 
-    @property
-    def latest(self) -> int | None:
-        """The newest complete step; Orbax commits a step by renaming its folder at the end."""
-        return self._manager.latest_step()
+    def __init__(self, workdir: Path, cfg: CheckpointConfig, *, tokens_per_step: int = 1):
+        self.folder = (Path(workdir) / "checkpoints").absolute()
+        every = -(-cfg.keep_every_tokens // tokens_per_step)
+        self._retention = Retention(cfg.keep_last, cfg.keep_best, every)
+        self._cfg = cfg
+        self._checkpointer = _checkpointer()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        with_retries(self._tidy, f"creating {self.folder}", seconds=cfg.retry_seconds)
+        self._scores = {step: self._read_scores(step) for step in self.steps()}
+
+    def steps(self) -> list[int]:
+        """The steps on disk, in order. Each was committed whole; whether it still is, `restore`
+        finds out."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
+
+    # ---- saving ----------------------------------------------------------------------------------
 
     def save(
         self,
@@ -68,48 +104,230 @@ class TrainCheckpoints:
         params: Params,
         optimizer: Any,
         train: dict[str, Any],
+        *,
+        wait: bool = False,
     ) -> None:
-        """Writes step `step`; returns when it is on disk. A step that is there already stays.
+        """Starts to write step `step`, and returns once the arrays are copied off the devices: the
+        caller may donate them. A step that is there already stays.
 
         params: all parameters of the model. optimizer: any pytree of arrays. train: JSON; its
-        metrics["validation"] decides what is kept.
+        metrics["validation"] decides what is kept. wait: return when it is on disk. That is also
+        done, with retries, after a write has failed.
+        Raises: StorageError if storage refuses for longer than the config allows.
         """
-        pure = nnx.to_pure_dict(params)
-        chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), pure)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(pure, save_args=chunked),
-                optimizer=ocp.args.PyTreeSave(_leaves(optimizer)),
-                model=ocp.args.JsonSave(bundle.model_item()),
-                tokenizer=ocp.args.JsonSave(bundle.tokenizer_item()),
-                train=ocp.args.JsonSave(train),
-            ),
-            metrics=train["metrics"].get("validation"),
-        )
-        self._manager.wait_until_finished()
+        self.wait()
+        if step in self.steps():
+            return
+        start = functools.partial(self._start, step, _items(bundle, params, optimizer, train))
+        commit = functools.partial(self._commit, step, train["metrics"].get("validation") or {})
+        if not wait and self._error is None and self._attempt(step, start):
+            self._thread = threading.Thread(target=self._attempt, args=[step, commit])
+            self._thread.start()
+            return
 
-    def restore(self, step: int, params: Params, optimizer: Any) -> tuple[Params, Any, dict]:
-        """(params, optimizer, train) of a step, in the structure of the two pytrees given."""
-        pure = nnx.to_pure_dict(params)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeRestore(pure, _restore_args(pure)),
-                optimizer=ocp.args.PyTreeRestore(
-                    _leaves(optimizer), _restore_args(_leaves(optimizer))
-                ),
-                train=ocp.args.JsonRestore(),
-            ),
-        )
-        params = jax.tree.map(lambda x: x, params)
-        nnx.replace_by_pure_dict(params, restored["params"])
-        leaves = [restored["optimizer"][name] for name in _leaves(optimizer)]
-        optimizer = jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
-        return params, optimizer, restored["train"]
+        def write() -> None:
+            try:
+                start()
+                commit()
+            except Exception:
+                self._discard_partial(step)
+                raise
+
+        what = f"writing checkpoint {step} under {self.folder}"
+        with_retries(write, what, seconds=self._cfg.retry_seconds, errors=(Exception,))
+        self._error = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last write failed, so that the caller should save again."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more; `failed` says how it went."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def close(self) -> None:
-        self._manager.close()
+        """Ends what is going on; a write that fails now is reported, not raised."""
+        self.wait()
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+
+    def _start(self, step: int, items: ocp.args.Composite) -> None:
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} is gone")
+        self._checkpointer.save(self.folder / str(step), args=items)
+
+    def _commit(self, step: int, scores: Mapping[str, Any]) -> None:
+        self._checkpointer.wait_until_finished()
+        self._scores[step] = scores
+        if jax.process_index() == 0:
+            self._delete_old()
+
+    def _attempt(self, step: int, action) -> bool:
+        """Whether the action succeeded; an error is kept for the caller's next look at `failed`."""
+        try:
+            action()
+        except Exception as error:
+            _log.warning("checkpoint %d was not written: %s", step, describe(error))
+            self._error = error
+            self._discard_partial(step)
+        return self._error is None
+
+    def _delete_old(self) -> None:
+        for step in set(self._scores) - self._retention.kept(self._scores):
+            del self._scores[step]
+            path = self.folder / str(step)
+            try:
+                aside = path.with_name(f"{step}{DELETED}")  # no half-deleted step under its name
+                path.rename(aside)
+                shutil.rmtree(aside)
+            except OSError as error:  # costs space, no more; `_tidy` tries again
+                _log.warning("checkpoint %d was not removed: %s", step, describe(error))
+
+    def _discard_partial(self, step: int) -> None:
+        """Frees the space of a failed write, and starts over with a checkpointer without a past."""
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+        self._checkpointer = _checkpointer()
+        if jax.process_index() == 0 and self.folder.is_dir():
+            for path in self.folder.glob(f"{step}{PARTIAL}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _tidy(self) -> None:
+        """Makes the folder, and removes what a killed process left half-written in it."""
+        if jax.process_index() != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if PARTIAL in path.name or path.name.endswith(DELETED):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _read_scores(self, step: int) -> Mapping[str, Any]:
+        with contextlib.suppress(CheckpointError, OSError):
+            train = checkpoint.read_train_item(self.folder / str(step))
+            scores = (train.get("metrics") or {}).get("validation") or {}
+            return scores if isinstance(scores, dict) else {}
+        return {}
+
+    # ---- restoring -------------------------------------------------------------------------------
+
+    def restore_newest(
+        self, params: Params, optimizer: Any, *, before: int | None = None
+    ) -> tuple[Params, Any, dict[str, Any]] | None:
+        """(params, optimizer, train) of the newest undamaged checkpoint, or None without any.
+
+        params, optimizer: pytrees of arrays (or ShapeDtypeStructs) whose structure, shapes and
+        shardings the result has. before: only steps below it. A damaged checkpoint is moved to
+        `<workdir>/damaged` with a warning that names it, once an older one was restored.
+        Raises: CheckpointError if there are checkpoints, but none can be restored: a run is never
+        silently begun anew.
+        """
+        self.wait()
+        problems: dict[int, str] = {}
+        for step in reversed(_agreed(self.steps())):
+            if before is not None and step >= before:
+                continue
+            restored, problem = self._try(step, params, optimizer)
+            if problem is None:
+                self._set_aside(problems, step)
+                return restored
+            problems[step] = problem
+        if problems:
+            reasons = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
+            raise CheckpointError(
+                f"no checkpoint under {self.folder} can be restored ({reasons}); bring one back, "
+                "or choose another workdir to start again"
+            )
+        return None
+
+    def _try(self, step: int, params: Params, optimizer: Any) -> tuple[Any, str | None]:
+        """(the restored state, None), or (None, what is wrong); the same on all processes."""
+        what = f"reading checkpoint {step} under {self.folder}"
+        restored, problem = None, None
+
+        def read() -> tuple[Params, Any, dict[str, Any]]:
+            try:
+                return self._restore(step, params, optimizer)
+            except FileNotFoundError as error:  # waiting does not bring it back
+                raise CheckpointError(describe(error)) from error
+
+        try:
+            restored = with_retries(read, what, seconds=self._cfg.retry_seconds)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever damaged files make of the libraries that read them
+            problem = describe(error)
+        if not _on_all(problem is None) and problem is None:
+            problem = "another process cannot read it"
+        return restored, problem
+
+    def _restore(self, step: int, params: Params, optimizer: Any) -> tuple[Params, Any, dict]:
+        path = self.folder / str(step)
+        wanted = checkpoint.read_checksums(path)
+        if not wanted:
+            raise CheckpointError("it has no checksums")
+        items = {name: checkpoint.read_item(path, name) for name in JSON_ITEMS}
+        _compare(wanted, {name: json_checksum(item) for name, item in items.items()})
+        pure, leaves = nnx.to_pure_dict(params), _leaves(optimizer)
+        trees = {checkpoint.PARAMS: pure, checkpoint.OPTIMIZER: leaves}
+        arguments = {
+            name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+            for name, tree in trees.items()
+        }
+        restored = self._checkpointer.restore(path, args=ocp.args.Composite(**arguments))
+        arrays = _array_leaves(restored[checkpoint.PARAMS], restored[checkpoint.OPTIMIZER])
+        _compare(wanted, _host_checksums(arrays))
+        params = jax.tree.map(lambda x: x, params)
+        nnx.replace_by_pure_dict(params, restored[checkpoint.PARAMS])
+        structure = jax.tree.structure(optimizer)
+        optimizer = structure.unflatten([restored[checkpoint.OPTIMIZER][name] for name in leaves])
+        return params, optimizer, items[checkpoint.TRAIN]
+
+    def _set_aside(self, problems: Mapping[int, str], used: int) -> None:
+        for step, problem in problems.items():
+            _log.warning(
+                "checkpoint %d is damaged (%s): going on from checkpoint %d", step, problem, used
+            )
+            self._scores.pop(step, None)
+            if jax.process_index() == 0:
+                damaged = self.folder.parent / "damaged"
+                damaged.mkdir(exist_ok=True)
+                name = f"{step}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+                (self.folder / str(step)).rename(damaged / name)
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    # Directories are made before `save` returns, so that a folder that cannot be written is an
+    # error there and not a wait of minutes for a directory that never comes.
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+
+def _items(bundle: ModelBundle, params: Params, optimizer: Any, train: dict) -> ocp.args.Composite:
+    pure, leaves = nnx.to_pure_dict(params), _leaves(optimizer)
+    items: dict[str, Any] = {
+        checkpoint.MODEL: bundle.model_item(),
+        checkpoint.TOKENIZER: bundle.tokenizer_item(),
+        checkpoint.TRAIN: train,
+    }
+    sums = _host_checksums(_array_leaves(pure, leaves))
+    sums |= {name: json_checksum(item) for name, item in items.items()}
+    items[checkpoint.CHECKSUMS] = seal(sums)
+
+    def chunked(tree: Any) -> ocp.args.PyTreeSave:
+        save = ocp.SaveArgs(chunk_byte_size=checkpoint.CHUNK_BYTES)  # so that merging can stream
+        return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: save, tree))
+
+    return ocp.args.Composite(
+        params=chunked(pure),
+        optimizer=chunked(leaves),
+        **{name: ocp.args.JsonSave(item) for name, item in items.items()},
+    )
 
 
 def _leaves(tree: Any) -> dict[str, jax.Array]:
@@ -117,5 +335,33 @@ def _leaves(tree: Any) -> dict[str, jax.Array]:
     return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
-def _restore_args(tree: Any) -> Any:
-    return ocp.checkpoint_utils.construct_restore_args(tree)
+def _array_leaves(params: Any, optimizer: Mapping[str, Any]) -> dict[str, jax.Array]:
+    named = {f"{checkpoint.PARAMS}/{p}": leaf for p, leaf in checkpoint.flatten(params).items()}
+    return named | {f"{checkpoint.OPTIMIZER}/{name}": leaf for name, leaf in optimizer.items()}
+
+
+def _host_checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    return {name: int(value) for name, value in jax.device_get(tree_checksums(arrays)).items()}
+
+
+def _compare(wanted: Mapping[str, int], found: Mapping[str, int]) -> None:
+    damaged = [name for name, value in found.items() if wanted.get(name) != value]
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise CheckpointError(f"the checksum of {damaged[0]}{more} differs from the saved one")
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """Process 0's list, on all processes: their views of a file system may differ for a while."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    padded = (steps + [0] * count)[:count]
+    return [int(x) for x in multihost_utils.broadcast_one_to_all(np.asarray(padded, np.int32))]
+
+
+def _on_all(good: bool) -> bool:
+    """Whether it is true on all processes."""
+    if jax.process_count() == 1:
+        return good
+    return bool(np.min(multihost_utils.process_allgather(np.int32(good))))

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
+from llada2_jax.checksums import checksum
 from llada2_jax.config import TrainConfig
 from llada2_jax.model import merge_params
 from llada2_jax.objectives import OBJECTIVES, Context, LossOutput
 from llada2_jax.optimizer import make_optimizer
+from llada2_jax.spikes import EVENTS, SpikeWatch, fresh_watch, judge
 from llada2_jax.types import Batch, ModelConfig, Params
 
 
@@ -24,7 +26,8 @@ from llada2_jax.types import Batch, ModelConfig, Params
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """step: steps taken, skipped ones included. params: what is trained. buffers: what is stored
-    with it but not trained. skipped_in_a_row, skipped: steps not applied for being non-finite."""
+    with it but not trained. skipped_in_a_row, skipped: steps not applied (see SpikeConfig).
+    rollbacks: how often the run went back. watch: what spikes are told by."""
 
     step: Int[Array, ""]
     params: Params
@@ -32,19 +35,58 @@ class TrainState:
     opt_state: optax.OptState
     skipped_in_a_row: Int[Array, ""]
     skipped: Int[Array, ""]
+    rollbacks: Int[Array, ""]
+    watch: SpikeWatch
 
     @property
     def model_params(self) -> Params:
         """Parameters and buffers together, as `merge_params` takes them."""
         return nnx.merge_state(self.params, self.buffers)
 
+    @property
+    def beside_params(self) -> TrainState:
+        """The rest of the state, which a checkpoint keeps beside the model."""
+        return dataclasses.replace(self, params=None, buffers=None)
+
 
 def init_state(cfg: TrainConfig, params: Params) -> TrainState:
     """A state at step 0 from a model's parameters."""
     trained, buffers = nnx.split_state(params, nnx.Param, ...)
     opt_state = make_optimizer(cfg).init(trained)
-    counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    return TrainState(counters[0], trained, buffers, opt_state, counters[1], counters[2])
+    step, in_a_row, skipped, rollbacks = (jnp.zeros((), jnp.int32) for _ in range(4))
+    watch = fresh_watch()
+    return TrainState(step, trained, buffers, opt_state, in_a_row, skipped, rollbacks, watch)
+
+
+def begin_phase(cfg: TrainConfig, state: TrainState) -> TrainState:
+    """What does not carry over from one objective or block size to the next."""
+    state = dataclasses.replace(state, watch=fresh_watch())
+    return reset_moments(state) if cfg.optimizer.reset_each_phase else state
+
+
+def roll_back(state: TrainState, to: TrainState) -> TrainState:
+    """The earlier state `to`, with all steps from there to `state` counted as skipped."""
+    return dataclasses.replace(
+        to,
+        step=state.step,
+        opt_state=_at_step(to.opt_state, state.step + 0),  # a copy: the state is donated
+        skipped=to.skipped + state.step - to.step,
+        rollbacks=state.rollbacks + 1,
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def _at_step(opt_state: optax.OptState, step: Int[Array, ""]) -> optax.OptState:
+    """The learning rate goes by the step, also over steps that were skipped."""
+
+    def at(part):
+        return part._replace(count=step) if _is_schedule(part) else part
+
+    return jax.tree.map(at, opt_state, is_leaf=_is_schedule)
+
+
+def _is_schedule(part) -> bool:
+    return isinstance(part, optax.ScaleByScheduleState)
 
 
 def reset_moments(state: TrainState) -> TrainState:
@@ -118,8 +160,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Context], tuple[TrainState, dict[str, Array]]]:
     """The jitted step of one objective; the state is donated.
 
-    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were
-    and is counted. Metrics are device scalars: the caller chooses when to wait.
+    A step that would do harm (see SpikeConfig) leaves parameters and optimizer as they were and is
+    counted. Metrics are device scalars: the caller chooses when to wait. `data_checksum` tells
+    which rows a step saw.
     """
     optimizer = make_optimizer(cfg)
 
@@ -135,35 +178,45 @@ def make_train_step(
         )
         norm = optax.tree.norm(grads)
         loss = output.loss.mean()
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        watch, applied, events = judge(cfg.spikes, state.watch, loss, norm)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
         def keep(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+            return jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
 
-        skip = (~finite).astype(jnp.int32)
+        skip = (~applied).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
             buffers=keep(_balanced(cfg, state.buffers, output.expert_load), state.buffers),
-            opt_state=keep(opt_state, state.opt_state),
+            opt_state=_at_step(keep(opt_state, state.opt_state), state.step + 1),
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
             skipped=state.skipped + skip,
+            rollbacks=state.rollbacks,
+            watch=watch,
         )
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "skipped": new_state.skipped,
             "skipped_in_a_row": new_state.skipped_in_a_row,
+            "data_checksum": _data_checksum(batch),
             "mask_embedding_norm": jnp.linalg.norm(state.params["embedding"][...][context.mask_id]),
             "expert_load_max_over_mean": _imbalance(output.expert_load),
         }
+        metrics |= {f"spike_{name}": events[i] for i, name in enumerate(EVENTS)}
         metrics |= {name: value.mean() for name, value in output.metrics.items()}
         return new_state, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _data_checksum(batch: Batch) -> UInt32[Array, ""]:
+    """Which documents, which parts of them and which visits, in which rows and places."""
+    fields = (batch.tokens, batch.document_ids, batch.document_positions, batch.visits)
+    return checksum(jnp.stack([jnp.asarray(field) for field in fields]))
 
 
 def _balanced(cfg: TrainConfig, buffers: Params, load: Int[Array, "layers E"]) -> Params:

@@ -141,7 +141,7 @@ def test_a_killed_run_resumes_with_bit_equal_losses(folder):
 
     kill_after(folder, "killed", 8)
     saved, seen = max(saved_steps(killed)), last_step(killed)
-    assert 8 <= saved <= seen < STEPS
+    assert 4 <= saved <= seen < STEPS  # written in the background: some steps behind
     # What a kill in the middle of a write leaves behind: half a line, of a step that is run again.
     with (killed / "metrics.jsonl").open("a") as file:
         file.write(f'{{"step": {seen + 1}, "kind": "train", "lo')

@@ -1,0 +1,157 @@
+"""A run folder that explains itself: its config, and by whom and where it was started each time."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llada2_jax.config import ConfigError, TrainConfig
+
+# Fields that do not change what a step computes, or that one changes to get past a stop.
+FREE = ("log_every", "checkpoint", "workdir", "spikes", "wandb_project")
+
+README = """\
+A training run of llada2_jax. `llada2 train` with the same config and this folder as --workdir goes
+on where the newest checkpoint left off; `llada2 runs compare` sets runs side by side.
+
+    config.json      every field of the config
+    starts.jsonl     a line a start: step, time, command, revision, versions, devices, mesh, data
+    metrics.jsonl    a line a step, validation or rollback of the surviving history
+    tensorboard/     the same as curves
+    checkpoints/     one folder a step; each is a complete model (docs/reliability.md)
+    damaged/         checkpoints that were found damaged and passed over; delete them at leisure
+"""
+
+
+def record_config(workdir: Path, cfg: TrainConfig) -> None:
+    """Writes config.json once; a resumed run must have been started with the same config.
+
+    Raises: ConfigError that names the first field that differs, FREE ones aside.
+    """
+    described = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    path = workdir / "config.json"
+    if path.exists():
+        before = read_config(workdir)
+        changed = [k for k in described if k not in FREE and before.get(k) != described[k]]
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with another config.{changed[0]}: "
+                f"{before.get(changed[0])} there, {described[changed[0]]} now; "
+                "choose another workdir, or remove it to start again"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(described, indent=1))
+    replace_text(workdir / "README.txt", README)
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config of a run. Raises: ConfigError where it is absent or unreadable."""
+    path = Path(workdir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{workdir} is not a run: it has no config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is not JSON ({error}): remove it to go on with the config you give"
+        ) from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no config: remove it to go on with the config you give")
+    return config
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def record_start(workdir: Path, *, step: int, params: Any, data: Any) -> None:
+    """Appends what can be known about this start to starts.jsonl.
+
+    step: the first one to be taken, less one. params: say by their sharding what the mesh is.
+    data: a JSON description of the corpus.
+    """
+    line = {
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        **environment(),
+        "mesh": _mesh(params),
+        "data": data,
+    }
+    with (workdir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_starts(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of starts.jsonl; those cut off by a crash are left out."""
+    path, lines = Path(workdir) / "starts.jsonl", []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def environment() -> dict[str, Any]:
+    """Git revision, versions of Python and of the packages we require, host and devices."""
+    devices = jax.devices()
+    return {
+        "git": _git(),
+        "python": platform.python_version(),
+        "packages": _packages(),
+        "host": platform.node(),
+        "processes": jax.process_count(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """The revision of the source this runs from, and whether it was changed; None if installed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, status = (
+            subprocess.run([*git, *args], capture_output=True, text=True, timeout=10, check=True)
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"revision": head.stdout.strip(), "changed_files": len(status.stdout.splitlines())}
+
+
+def _packages() -> dict[str, str]:
+    try:
+        required = importlib.metadata.requires("llada2-jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        required = ["jax", "flax", "optax", "orbax-checkpoint"]
+    names = {re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in required if "extra ==" not in r}
+    versions = {}
+    for name in sorted(names | {"jaxlib"}):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _mesh(params: Any) -> dict[str, int] | None:
+    """{axis: size} of the mesh that the parameters are placed on; None on a single device."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    return dict(sharding.mesh.shape)

@@ -1,0 +1,161 @@
+"""The record of a run: whole lines, in order, of the surviving steps, whatever storage does."""
+
+import json
+import os
+import sys
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llada2_jax import metrics, retry
+from llada2_jax.config import ConfigError
+from llada2_jax.metrics import MetricLogger, read_metrics
+from llada2_jax.retry import StorageError, with_retries
+
+
+@pytest.fixture(autouse=True)
+def _quick_retries(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+
+
+def open_logger(workdir, first_step=0, **options) -> MetricLogger:
+    options = {"retry_seconds": 0.2} | options
+    return MetricLogger(
+        workdir, total_steps=9, first_step=first_step, tokens_per_step=4, label="", **options
+    )
+
+
+def log_steps(logger, steps) -> None:
+    for step in steps:
+        logger.write(step, "train", "ar", {"loss": 1 / step})
+
+
+def steps_of(workdir) -> list[int]:
+    return [line["step"] for line in read_metrics(workdir)]
+
+
+def test_a_resumed_run_forgets_the_steps_it_takes_again(tmp_path):
+    logger = open_logger(tmp_path)
+    log_steps(logger, [1, 2, 3, 4])
+    logger.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "ki\xff')  # torn by a crash
+    logger = open_logger(tmp_path, first_step=2)
+    log_steps(logger, [3])
+    assert steps_of(tmp_path) == [1, 2, 3]
+    logger.cut_back(1)  # a rollback
+    log_steps(logger, [4])
+    logger.sync()
+    logger.close()
+    assert steps_of(tmp_path) == [1, 4]
+    assert all(json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_line_that_is_cut_short_is_written_again(tmp_path, monkeypatch):
+    logger, write = open_logger(tmp_path), os.pwrite
+    full = iter([3, 2])  # a disk that takes three bytes, then two, then none for a while
+
+    def short(file, data, offset):
+        for size in full:
+            return write(file, data[:size], offset)
+        monkeypatch.setattr(os, "pwrite", write)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", short)
+    log_steps(logger, [1, 2])
+    logger.close()
+    assert steps_of(tmp_path) == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_folder_that_vanishes_is_an_error_and_not_a_silent_loss(tmp_path):
+    logger = open_logger(tmp_path / "run")
+    log_steps(logger, [1])
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=r"writing .*metrics.jsonl failed, and again for 0.2 s"):
+        log_steps(logger, [2])
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    log_steps(logger, [2])
+    logger.close()
+    assert steps_of(tmp_path / "run") == [1, 2]
+
+
+def test_two_runs_in_one_folder_are_noticed(tmp_path):
+    first = open_logger(tmp_path)
+    second = open_logger(tmp_path)
+    with pytest.raises(StorageError, match="is another run writing it"):
+        log_steps(first, [1])
+    first.close(), second.close()
+
+
+def test_curves_are_written_and_may_fail_without_harm(tmp_path, monkeypatch, caplog):
+    logger = open_logger(tmp_path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.EventsWriter, "write_event", fail)
+        log_steps(logger, [1])
+    log_steps(logger, [2, 3])
+    logger.close()
+    assert steps_of(tmp_path) == [1, 2, 3]
+    assert caplog.text.count("TensorBoard's curves will have gaps") == 1
+    files = [p.read_bytes() for p in (tmp_path / "tensorboard").iterdir()]
+    assert any(b"train/loss" in data for data in files)
+
+
+def test_processes_that_do_not_write_leave_no_files(tmp_path):
+    logger = open_logger(tmp_path, write=False)
+    log_steps(logger, [1])
+    logger.sync(), logger.cut_back(0), logger.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def __getattr__(self, name):
+            return lambda *args, **options: calls.append((name, args, options))
+
+    fake = types.SimpleNamespace(init=lambda **options: calls.append(("init", options)) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        logger = open_logger(tmp_path, wandb_project="p", config={"seed": 0})
+        log_steps(logger, [1])
+        logger.close()
+    inits = [options for name, options, *_ in calls if name == "init"]
+    assert inits[0]["id"] == inits[1]["id"] and inits[0]["resume"] == "allow"
+    logged = [args for name, args, *_ in calls if name == "log"]
+    assert logged[0] == ({"step": 1, "train/loss": 1.0},)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        open_logger(tmp_path, wandb_project="p")
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_can_be_read(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    good = b'{"step": 1, "kind": "train"}\n'
+    (folder / "metrics.jsonl").write_bytes(good + data)
+    lines = read_metrics(folder)
+    assert lines[0] == {"step": 1, "kind": "train"} and all("step" in line for line in lines)
+
+
+def test_retries_end(monkeypatch):
+    calls = []
+
+    def fail():
+        calls.append(1)
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(
+        StorageError, match=r"reading x failed, and again for 0.2 s: .*Input"
+    ):
+        with_retries(fail, "reading x", seconds=0.2)
+    assert 3 <= len(calls) <= 8
+    with pytest.raises(ZeroDivisionError):
+        with_retries(lambda: 1 / 0, "dividing", seconds=9)

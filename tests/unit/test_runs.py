@@ -1,0 +1,97 @@
+"""A run folder explains itself, and runs are set side by side."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llada2_jax import cli
+from llada2_jax.config import ConfigError, DataConfig, TrainConfig
+from llada2_jax.run_folder import (
+    environment,
+    read_config,
+    read_starts,
+    record_config,
+    record_start,
+)
+from llada2_jax.runs import compare
+
+CFG = TrainConfig(workdir="w", data=DataConfig(row_length=32))
+
+
+def line(step: int, **values) -> dict:
+    return {"step": step, "tokens": 10 * step, "kind": "train", "phase": "ar", **values}
+
+
+def make_run(folder, cfg, losses, data=None, validation=()):
+    """A run folder as training leaves it."""
+    record_config(folder, cfg)
+    record_start(folder, step=0, params={"w": np.zeros(2)}, data={"source": {"documents": 3}})
+    lines = [
+        line(i, loss=loss, data_checksum=(data or range(99))[i], skipped=0, tokens_per_second=i)
+        for i, loss in enumerate(losses, 1)
+    ]
+    lines += [line(i, kind="bdlm-4", bits_per_byte=bits) for i, bits in validation]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+@pytest.fixture
+def two(tmp_path):
+    make_run(tmp_path / "a", CFG, [3.0, 2.0, 1.0], validation=[(2, 0.9), (3, 0.8)])
+    other = dataclasses.replace(CFG, seed=7)
+    make_run(tmp_path / "b", other, [3.0, 2.5, 2.0], [0, 1, 2, 99], validation=[(2, 1.2)])
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+def test_what_differs_and_what_came_of_it(two):
+    sections = compare(two)
+    assert sections["config"] == {"seed": [0, 7]} and sections["environment"] == {}
+    result = sections["result"]
+    assert result["training loss, last tenth"] == [1.0, 2.0]
+    assert result["best bits/byte, bdlm-4"] == [0.8, 1.2]
+    assert result["tokens/s, median"] == [2.0, 2.0] and result["steps"] == [3, 3]
+    assert result["same losses up to step"] == [3, 1] and result["same data up to step"] == [3, 2]
+
+
+def test_the_command(two, tmp_path, capsys):
+    plot = tmp_path / "p.png"
+    assert cli.main(["runs", "compare", *map(str, two), "--plot", str(plot)]) == 0
+    out = capsys.readouterr().out
+    assert "| seed | 0 | 7 |" in out and "no difference" in out and str(plot) in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["runs", "compare", str(two[0]), str(tmp_path / "none")]) == 1
+    error = capsys.readouterr().err
+    assert "none is not a run: it has no config.json" in error and error.count("\n") == 1
+
+
+def test_a_run_without_lines_yet(two, tmp_path):
+    record_config(tmp_path / "new", CFG)
+    result = compare([two[0], tmp_path / "new"])["result"]
+    assert result["steps"] == [3, 0] and result["best bits/byte, bdlm-4"] == [0.8, None]
+
+
+def test_a_start_tells_of_versions_devices_and_mesh(tmp_path):
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "model"))
+    params = {"w": jax.device_put(np.zeros(2), NamedSharding(mesh, PartitionSpec("fsdp")))}
+    record_start(tmp_path, step=4, params=params, data=None)
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"step": 5, "torn')
+    (start,) = read_starts(tmp_path)
+    assert start["step"] == 4 and start["mesh"] == {"fsdp": 1, "model": 1}
+    assert start["packages"]["jax"] == jax.__version__ and "cpu" in start["devices"].lower()
+    git = environment()["git"]
+    assert git is None or len(git["revision"]) == 40
+
+
+def test_a_config_that_is_not_readable_is_named(tmp_path):
+    record_config(tmp_path, CFG)
+    record_config(tmp_path, dataclasses.replace(CFG, log_every=99))  # changes nothing computed
+    with pytest.raises(ConfigError, match=r"another config.data: .*'row_length': 32"):
+        record_config(tmp_path, dataclasses.replace(CFG, data=DataConfig(row_length=64)))
+    for text in ("{", "[]", '"\ud800'):
+        (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(ConfigError, match=r"config\.json .*: remove it"):
+            read_config(tmp_path)

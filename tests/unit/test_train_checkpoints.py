@@ -1,0 +1,320 @@
+"""A run's checkpoints: written behind its back, verified when they come back, kept by rule."""
+
+import dataclasses
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llada2_jax import checkpoint, retry, train_checkpoints
+from llada2_jax.checkpoint import CheckpointError, ModelBundle
+from llada2_jax.config import CheckpointConfig
+from llada2_jax.hub import load_model
+from llada2_jax.merge import merge_checkpoints
+from llada2_jax.model import build
+from llada2_jax.retry import StorageError
+from llada2_jax.train_checkpoints import Retention, TrainCheckpoints
+from llada2_jax.types import SpecialTokens
+from tests.helpers import assert_same_params, config
+
+CONFIG = config()
+ABSTRACT = build(CONFIG)[1]
+BUNDLE = ModelBundle(CONFIG, None, SpecialTokens(mask=15, eos=14, pad=13))
+CFG = CheckpointConfig(retry_seconds=0.3)
+
+
+@pytest.fixture(autouse=True)
+def _quick_retries(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.02)
+
+
+def state(seed: int):
+    """(params, optimizer) of a step."""
+    rng = np.random.default_rng(seed)
+    leaves = {
+        path: rng.standard_normal(leaf.shape).astype(leaf.dtype)
+        for path, leaf in checkpoint.flatten(ABSTRACT).items()
+    }
+    moments = {"m": jnp.asarray(rng.standard_normal((3, 4)), jnp.float32), "n": jnp.int32(seed)}
+    return checkpoint.fill_params(ABSTRACT, leaves), moments
+
+
+def train_item(step: int, **scores) -> dict:
+    return {"step": step, "metrics": {"validation": scores} if scores else {}}
+
+
+def save(checkpoints: TrainCheckpoints, step: int, **scores) -> None:
+    checkpoints.save(step, BUNDLE, *state(step), train_item(step, **scores))
+
+
+def restored_step(checkpoints: TrainCheckpoints, **options) -> int:
+    """The step that comes back, after a look at all of its state."""
+    params, optimizer, train = checkpoints.restore_newest(*state(999), **options)
+    assert_same_params((params, optimizer), state(train["step"]))
+    return train["step"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints 1, 2 and 3."""
+    checkpoints = TrainCheckpoints(tmp_path, dataclasses.replace(CFG, keep_last=9))
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    checkpoints.close()
+    return tmp_path
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+
+
+# ---- there and back ------------------------------------------------------------------------------
+
+
+def test_the_newest_comes_back(run):
+    checkpoints = TrainCheckpoints(run, CFG)
+    assert checkpoints.steps() == [1, 2, 3]
+    assert restored_step(checkpoints) == 3
+    assert restored_step(checkpoints, before=3) == 2
+    assert checkpoints.restore_newest(*state(0), before=1) is None
+    assert_same_params(load_model(run / "checkpoints/2").params, state(2)[0])
+    checkpoints.close()
+
+
+def test_saving_does_not_wait_for_storage_and_the_state_may_be_donated(tmp_path, monkeypatch):
+    checkpoints = TrainCheckpoints(tmp_path, CFG)
+    commit, release = checkpoints._commit, threading.Event()
+    monkeypatch.setattr(checkpoints, "_commit", lambda *a: (release.wait(30), commit(*a)))
+    params, optimizer = state(7)
+    checkpoints.save(7, BUNDLE, params, optimizer, train_item(7))
+    assert checkpoints._thread.is_alive()  # save() came back before the commit
+    change = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    jax.block_until_ready(change((params, optimizer)))
+    release.set()
+    checkpoints.wait()
+    assert restored_step(checkpoints) == 7
+    checkpoints.close()
+
+
+def test_another_mesh(tmp_path):
+    """Saved from 8 devices, restored on 2 and on 1, and what a single process sees of it."""
+    script = """
+        import jax, sys
+        jax.config.update("jax_num_cpu_devices", 8)
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+        from flax import nnx
+        from tests.unit.test_train_checkpoints import *
+
+        def placed(tree, count):
+            mesh = Mesh(np.asarray(jax.devices()[:count]).reshape(count), "fsdp")
+            def put(x):
+                axis = next((i for i, n in enumerate(x.shape) if n % count == 0), None)
+                spec = [None] * x.ndim if axis is None else [None] * axis + ["fsdp"]
+                return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+            return jax.tree.map(put, tree)
+
+        checkpoints = TrainCheckpoints(sys.argv[1], CFG)
+        checkpoints.save(5, BUNDLE, *placed(state(5), 8), train_item(5))
+        for count in (2, 1):
+            like = placed(state(0), count)
+            params, optimizer, _ = checkpoints.restore_newest(*like)
+            assert_same_params((params, optimizer), state(5))
+            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(like[0]), strict=True):
+                assert a.sharding == b.sharding, (a.sharding, b.sharding)
+        assert len(params["head"][...].sharding.device_set) == 1
+        checkpoints.close()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    checkpoints = TrainCheckpoints(tmp_path, CFG)
+    assert restored_step(checkpoints) == 5
+    checkpoints.close()
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_of_an_array_is_noticed_and_the_one_before_is_used(run, caplog):
+    data = max((run / "checkpoints/3").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    flip(data, data.stat().st_size // 2, 3)
+    checkpoints = TrainCheckpoints(run, CFG)
+    with caplog.at_level(logging.WARNING):
+        assert restored_step(checkpoints) == 2
+    assert "checkpoint 3 is damaged" in caplog.text and "from checkpoint 2" in caplog.text
+    assert checkpoints.steps() == [1, 2] and list((run / "damaged").glob("3-*"))
+    save(checkpoints, 3)  # the step is taken again
+    checkpoints.wait()
+    assert restored_step(checkpoints) == 3
+    checkpoints.close()
+
+
+# Orbax leaves event loops and futures behind when a restore fails, which they complain of when
+# they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_no_flip_in_any_file_gives_another_state(data, tmp_path_factory):
+    """Either the state is the saved one, or the checkpoint is refused."""
+    source = _saved_once(tmp_path_factory)
+    files = sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file())
+    name = data.draw(st.sampled_from(files))
+    folder = tmp_path_factory.mktemp("flip")
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    size = max((folder / name).stat().st_size, 1)
+    kind = data.draw(st.sampled_from(["flip", "truncate", "delete"]))
+    if kind == "delete" or not (folder / name).stat().st_size:
+        (folder / name).unlink()
+    elif kind == "truncate":
+        (folder / name).write_bytes((folder / name).read_bytes()[: data.draw(st.integers(0, size))])
+    else:
+        flip(folder / name, data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 7)))
+    checkpoints = TrainCheckpoints(folder, CFG)
+    try:
+        assert restored_step(checkpoints) == 4
+    except CheckpointError as error:
+        assert "no checkpoint under" in str(error)
+    finally:
+        checkpoints.close()
+        shutil.rmtree(folder)
+
+
+_saved: list[Path] = []
+
+
+def _saved_once(tmp_path_factory) -> Path:
+    if not _saved:
+        folder = tmp_path_factory.mktemp("source")
+        checkpoints = TrainCheckpoints(folder, CFG)
+        save(checkpoints, 4)
+        checkpoints.close()
+        _saved.append(folder)
+    return _saved[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run):
+    for step in (1, 2, 3):
+        shutil.rmtree(run / f"checkpoints/{step}/checksums")
+    checkpoints = TrainCheckpoints(run, CFG)
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* can be restored \(3: it has no"):
+        checkpoints.restore_newest(*state(0))
+    assert checkpoints.steps() == [1, 2, 3]  # nothing was moved
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("item", ["train", "model"])
+def test_json_that_was_changed_is_noticed(run, item):
+    path = run / f"checkpoints/3/{item}/metadata"
+    path.write_text(path.read_text().replace(":3", ":4").replace(": 3", ": 4").replace("16", "17"))
+    checkpoints = TrainCheckpoints(run, CFG)
+    assert restored_step(checkpoints) == 2
+    checkpoints.close()
+
+
+def test_other_readers_notice_damage_too(run, tmp_path):
+    path = run / "checkpoints/3/checksums/metadata"
+    item = json.loads(path.read_text())
+    sums = item["arrays"] | {"params/head": item["arrays"]["params/head"] ^ 1}
+    path.write_text(json.dumps(train_checkpoints.seal(sums)))
+    with pytest.raises(CheckpointError, match="parameter head is damaged"):
+        load_model(run / "checkpoints/3")
+    sources = [run / "checkpoints/2", run / "checkpoints/3"]
+    with pytest.raises(CheckpointError, match="3/params: parameter head is damaged"):
+        merge_checkpoints(sources, tmp_path / "out")
+    path.write_text(path.read_text().replace("params/head", "params/hand"))
+    with pytest.raises(CheckpointError, match="themselves damaged"):
+        checkpoint.read_checksums(run / "checkpoints/3")
+
+
+# ---- storage that fails --------------------------------------------------------------------------
+
+
+def test_a_failed_write_is_noticed_and_made_good_by_the_next(tmp_path, monkeypatch):
+    class Full:
+        """A checkpointer on a disk that fills up."""
+
+        def save(self, path, args):
+            path.with_name(f"{path.name}{train_checkpoints.PARTIAL}-1").mkdir()
+
+        def wait_until_finished(self):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    checkpoints = TrainCheckpoints(tmp_path, CFG)
+    save(checkpoints, 1)
+    checkpoints.wait()
+    following = iter([Full(), train_checkpoints._checkpointer()])
+    monkeypatch.setattr(checkpoints, "_checkpointer", Full())
+    monkeypatch.setattr(train_checkpoints, "_checkpointer", lambda: next(following))
+    save(checkpoints, 2)
+    checkpoints.wait()
+    assert checkpoints.failed and checkpoints.steps() == [1]
+    save(checkpoints, 3)  # once more in vain, then written, before save returns
+    assert not checkpoints.failed and checkpoints.steps() == [1, 3]
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["1", "3"]
+    assert restored_step(checkpoints) == 3
+    checkpoints.close()
+
+
+def test_storage_that_stays_away_ends_in_one_clear_error(run):
+    checkpoints = TrainCheckpoints(run, CFG)
+    (run / "checkpoints").rename(run / "elsewhere")
+    with pytest.raises(StorageError, match=r"writing checkpoint 4 .*again for 0.3 s.*is gone"):
+        save(checkpoints, 4)
+    assert not (run / "checkpoints").exists()
+    (run / "elsewhere").rename(run / "checkpoints")
+    assert restored_step(checkpoints) == 3
+    checkpoints.close()
+
+
+def test_what_a_killed_process_left_is_removed(run):
+    for name in ("4.orbax-checkpoint-tmp-7", "1.deleted"):
+        shutil.copytree(run / "checkpoints/3", run / "checkpoints" / name)
+    checkpoints = TrainCheckpoints(run, CFG)
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["1", "2", "3"]
+    checkpoints.close()
+
+
+# ---- retention -----------------------------------------------------------------------------------
+
+
+def test_the_newest_the_best_of_each_kind_and_every_so_often():
+    scores = {
+        step: {"kind": "ar" if step < 6 else "bdlm", "bits_per_byte": abs(step - 3.1)}
+        for step in range(1, 11)
+    }
+    scores[10] = {}  # saved on a preemption: not measured
+    assert Retention(last=2, best=1).kept(scores) == {9, 10, 3, 6}
+    assert Retention(last=1, best=2).kept(scores) == {10, 3, 4, 6, 7}
+    assert Retention(last=1, best=0, every=4).kept(scores) == {10, 4, 8}
+    assert Retention(last=1, best=0, every=3).kept({2: {}, 4: {}, 5: {}, 7: {}}) == {4, 7}
+
+
+def test_old_ones_go_once_the_new_one_is_there(tmp_path):
+    cfg = dataclasses.replace(CFG, keep_last=1, keep_best=1)
+    checkpoints = TrainCheckpoints(tmp_path, cfg)
+    for step, value in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        save(checkpoints, step, kind="ar", bits_per_byte=value)
+    checkpoints.close()
+    checkpoints = TrainCheckpoints(tmp_path, cfg)  # scores are read back
+    assert checkpoints.steps() == [2, 3]
+    save(checkpoints, 4)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 4]
+    checkpoints.close()
