@@ -25,6 +25,7 @@ from jinja2 import nodes
 from tokenizers import Tokenizer
 
 from llada2_jax.data.examples import BadRow, Example
+from llada2_jax.data.tokenizer import encode_text
 
 # LLaDA2's form (roles in tags, a turn ends with <|role_end|>, thinking off), written as a template
 # so that there is one way to render.
@@ -416,7 +417,7 @@ class ChatTokens:
             pieces += [(rendered.text[at:start], 0.0), (rendered.text[start:end], weight)]
             at = end
         pieces.append((rendered.text[at:], 0.0))
-        encoded = [(self._encode(text), weight) for text, weight in pieces if text]
+        encoded = [(encode_text(self.tokenizer, text), weight) for text, weight in pieces if text]
         tokens = np.asarray([i for ids, _ in encoded for i in ids], np.int32)
         loss = np.repeat(
             np.asarray([w for _, w in encoded], np.float32), [len(ids) for ids, _ in encoded]
@@ -428,12 +429,6 @@ class ChatTokens:
             tokens = np.append(tokens, np.int32(self.eos))
             loss = np.append(loss, np.float32(closing))
         return Example(tokens, loss)
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            raise BadRow("not_utf8", str(error)) from error
 
     def _weights(self, messages, first: int) -> list[float]:
         """Weight of each assistant message in order."""

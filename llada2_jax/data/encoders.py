@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from llada2_jax.data.chat import LLADA2_TEMPLATE, ChatTemplate, ChatTokens, template_of
 from llada2_jax.data.examples import BadRow, Encoder, Example
 from llada2_jax.data.preferences import PreferencePairs
+from llada2_jax.data.tokenizer import encode_text
 from llada2_jax.types import SpecialTokens
 
 CONTENTS = ("text", "tokens", "chat", "preference")
@@ -94,10 +95,7 @@ class TextRows:
             raise BadRow("empty", f"{self._field} is empty")
         if self._mask and self._mask in text:
             raise BadRow("mask_token", f"{self._field} holds {self._mask!r}")
-        try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            raise BadRow("not_utf8", str(error)) from error
+        ids = encode_text(self._tokenizer, text)
         start = [] if self._bos is None else [self._bos]
         tokens = np.asarray([*start, *ids, self._eos], np.int32)
         weights = np.ones(len(tokens), np.float32)

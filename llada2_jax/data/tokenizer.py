@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llada2_jax.data.examples import BadRow
+
 MASK, EOS, BOS = "<|mask|>", "<|endoftext|>", "<|startoftext|>"
 ROLES = ("<role>", "</role>", "<|role_end|>")
 RESERVED = (MASK, EOS, BOS, *ROLES)
@@ -50,6 +52,14 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(settings, indent=1),
     }
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text. Raises: BadRow("not_utf8") for lone surrogates, which JSON can spell."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except (TypeError, UnicodeEncodeError):
+        raise BadRow("not_utf8", "the text holds a surrogate without its partner") from None
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -1,0 +1,441 @@
+"""Sources to shards: the same rows from every format, the same bytes however the work is done."""
+
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from tokenizers import Tokenizer
+
+from llada2_jax.config import DataConfig
+from llada2_jax.data import prepare as preparing
+from llada2_jax.data import sources
+from llada2_jax.data.corpus import load_corpus
+from llada2_jax.data.examples import Example, decode_record, encode_record
+from llada2_jax.data.prepare import MANIFEST, PLAN, PrepareError, prepare, remove
+from llada2_jax.data.prepared import PreparedDocuments, PreparedError, read_manifest
+from llada2_jax.data.sources import SourceError, SourceSpec, plan, read, resolve_format
+from tests.data_helpers import SPECIAL, files, job, texts, write_jsonl
+
+TOKENIZER = Tokenizer.from_str(files()["tokenizer.json"])
+
+
+def documents_of(folder: Path) -> list[tuple[str, list[float]]]:
+    """(text, weights) of all documents of both splits, read back in order of splits."""
+    found = []
+    for split in ("train", "validation"):
+        documents = PreparedDocuments(folder, split)
+        for i, n in enumerate(documents.lengths):
+            tokens, weights = documents.read(i, 0, int(n))
+            assert tokens[0] == SPECIAL.bos and tokens[-1] == SPECIAL.eos
+            found.append((TOKENIZER.decode(tokens[1:-1].tolist()), weights.tolist()))
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+# ------------------------------------------------------------------------------------ formats
+
+
+def _text(folder, rows):
+    for i, row in enumerate(rows):
+        below = folder / f"{i % 3}"
+        below.mkdir(parents=True, exist_ok=True)
+        (below / f"{i:03d}.txt").write_text(row, encoding="utf-8")
+
+
+def _jsonl(suffix):
+    def write(folder, rows):
+        half = [{"text": r} for r in rows[: len(rows) // 2]]
+        write_jsonl(folder / f"a.jsonl{suffix}", half)
+        # Blank lines are no rows.
+        write_jsonl(
+            folder / f"b.jsonl{suffix}", ["", *({"text": r} for r in rows[len(half) :]), ""]
+        )
+
+    return write
+
+
+def _parquet(folder, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": rows, "other": list(range(len(rows)))})
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=7)
+
+
+def _array_record(folder, rows):
+    writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1")
+    for row in rows:
+        writer.write(json.dumps({"text": row}).encode())
+    writer.close()
+
+
+def _huggingface(folder, rows):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(folder))
+
+
+FORMATS = {
+    "text": _text,
+    "jsonl": _jsonl(""),
+    "jsonl.gz": _jsonl(".gz"),
+    "jsonl.zst": _jsonl(".zst"),
+    "parquet": _parquet,
+    "array_record": _array_record,
+    "huggingface": _huggingface,
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_its_rows_and_says_where_they_stand(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 300)
+    monkeypatch.setattr(sources, "UNIT_ROWS", 6)
+    (tmp_path / "in").mkdir()
+    rows = texts(40)
+    FORMATS[kind](tmp_path / "in", rows)
+    spec = resolve_format(SourceSpec(str(tmp_path / "in")))
+    assert spec.format == kind.split(".")[0]
+    units = plan(spec)
+    assert len(units) > 1
+    found = [row["text"] for unit in units for row in read(spec, unit) if row is not None]
+    assert sorted(found) == sorted(rows)
+    # Every document leads back to its row.
+    prepare(job(tmp_path / "in"), tmp_path / "out", processes=1)
+    documents = PreparedDocuments(tmp_path / "out", "train")
+    for i in (0, len(documents.ids) - 1):
+        text = TOKENIZER.decode(documents.read(i, 1, int(documents.lengths[i]) - 1)[0].tolist())
+        place = documents.place(i)
+        if kind == "jsonl":
+            path, line = place.rsplit(":", 1)
+            assert json.loads(Path(path).read_text().split("\n")[int(line) - 1])["text"] == text
+        elif kind == "text":
+            assert Path(place).read_text(encoding="utf-8") == text
+        elif kind == "huggingface":
+            assert rows[int(place.split()[-1])] == text
+    assert len({documents.place(i) for i in range(len(documents.ids))}) == len(documents.ids)
+    assert sorted(t for t, _ in documents_of(tmp_path / "out")) == sorted(rows)
+
+
+def test_documents_are_supervised_but_for_bos(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts(9)])
+    prepare(job(tmp_path / "a.jsonl"), tmp_path / "out", processes=1)
+    for _, weights in documents_of(tmp_path / "out"):
+        assert weights == [0.0] + [1.0] * (len(weights) - 1)
+    prepare(job(tmp_path / "a.jsonl", bos=False), tmp_path / "without", processes=1)
+    documents = PreparedDocuments(tmp_path / "without", "train")
+    assert documents.read(0, 0, 1)[1][0] == 1.0
+
+
+def test_lines_that_cross_units_come_once(tmp_path, monkeypatch):
+    rows = [{"text": t} for t in texts(50)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    size = path.stat().st_size
+    for step in (1, 7, 64, size - 1, size, size + 1):
+        monkeypatch.setattr(sources, "UNIT_BYTES", step)
+        spec = SourceSpec(str(path), "jsonl")
+        assert [row for unit in plan(spec) for row in read(spec, unit)] == rows
+
+
+def test_names_and_splits_do_not_depend_on_where_the_source_lies(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "a.jsonl", [{"text": t} for t in texts(30)])
+        prepare(job(tmp_path / name), tmp_path / f"{name}-out", processes=1)
+    a, b = (PreparedDocuments(tmp_path / f"{n}-out", "train") for n in ("here", "there"))
+    np.testing.assert_array_equal(a.ids, b.ids)
+    assert 0 < len(a.ids) < 30
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SourceError, match=r"nothing\.jsonl: no such file"):
+        prepare(job(tmp_path / "nothing.jsonl"), tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="empty: no such file, or none that matches"):
+        prepare(job(tmp_path / "empty"), tmp_path / "out")
+    with pytest.raises(SourceError, match="format 'csv': choose one of auto, jsonl"):
+        prepare(job(tmp_path, source={"format": "csv"}), tmp_path / "out")
+    with pytest.raises(PrepareError, match="gs://b/out: ArrayRecord files are written to disks"):
+        prepare(job(tmp_path), "gs://b/out")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.array_record"])
+def test_a_damaged_file_stops_with_its_name(name, tmp_path):
+    if name.startswith("a.jsonl"):
+        write_jsonl(tmp_path / name, [{"text": t} for t in texts(500)])
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+    else:
+        (tmp_path / name).write_bytes(b"not what the name says" * 10)
+    with pytest.raises(SourceError, match=name):
+        prepare(job(tmp_path / name), tmp_path / "out", processes=1)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_an_optional_package_is_named_with_its_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "seqio", None)
+    with pytest.raises(SourceError, match=r"'seqio' reads seqio tasks: pip install .*\[seqio\]"):
+        prepare(job("tasks:x", source={"format": "seqio"}), tmp_path / "out")
+
+
+def test_seqio_tasks_and_mixtures(tmp_path):
+    seqio = pytest.importorskip("seqio", reason="seqio (extra 'seqio') is not installed")
+    tensorflow = importlib.import_module("tensorflow")
+
+    def rows(split, shuffle_files, seed=None):
+        return tensorflow.data.Dataset.from_tensor_slices({"targets": texts(20)})
+
+    source = seqio.FunctionDataSource(rows, splits=["train"])
+    for name in ("llada2_a", "llada2_b"):
+        seqio.TaskRegistry.add(name, source=source, preprocessors=[], output_features={})
+    seqio.MixtureRegistry.add("llada2_mixture", [("llada2_a", 1), ("llada2_b", 3)])
+    for name, times in (("llada2_a", 1), ("llada2_mixture", 2)):
+        wanted = job(f":{name}", source={"format": "seqio"}, field="targets")
+        prepare(wanted, tmp_path / name, processes=1)
+        assert sorted(t for t, _ in documents_of(tmp_path / name)) == sorted(texts(20) * times)
+        prepare(wanted, tmp_path / "again" / name, processes=1)
+        assert contents(tmp_path / "again" / name) == contents(tmp_path / name)
+
+
+# -------------------------------------------------------------------------------- preparation
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch) -> Path:
+    """A folder of one file that falls into eight units."""
+    (tmp_path / "in").mkdir()
+    path = write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": t} for t in texts(60)])
+    monkeypatch.setattr(sources, "UNIT_BYTES", -(-path.stat().st_size // 8))
+    return tmp_path / "in"
+
+
+def test_output_does_not_depend_on_the_number_of_processes(source, tmp_path):
+    one = prepare(job(source), tmp_path / "one", processes=1)
+    two = prepare(job(source), tmp_path / "two", processes=2)
+    assert multiprocessing.active_children() == []
+    assert one == two and contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert len(one["shards"]) == 8
+    assert one["rows"] == {"read": 60, "bad": {}}
+    total = {k: sum(one["splits"][s][k] for s in one["splits"]) for k in ("documents", "tokens")}
+    assert total["documents"] == 60
+    assert total["tokens"] == sum(len(w) for _, w in documents_of(tmp_path / "one"))
+
+
+def test_a_stopped_preparation_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
+    whole = prepare(job(source), tmp_path / "whole", processes=1)
+    written = []
+
+    def stopping(units, reports):
+        for report in reports:
+            written.append(report)
+            if len(written) == 3:
+                raise KeyboardInterrupt
+            yield report
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(job(source), tmp_path / "out", processes=1, progress=stopping)
+    with pytest.raises(PreparedError, match="its preparation was stopped: run it again"):
+        read_manifest(tmp_path / "out")
+    # A shard that a kill left half written is written anew.
+    (tmp_path / "out" / "00003.train.array_record").write_bytes(b"torn")
+    left = []
+
+    def watching(units, reports):
+        left.extend(units)
+        yield from reports
+
+    assert prepare(job(source), tmp_path / "out", processes=1, progress=watching) == whole
+    assert len(left) == 5
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    # And once more: nothing is left to do.
+    left.clear()
+    assert prepare(job(source), tmp_path / "out", processes=1, progress=watching) == whole
+    assert left == []
+
+
+def test_a_folder_of_another_job_is_left_alone(source, tmp_path):
+    prepare(job(source), tmp_path / "out", processes=1)
+    before = contents(tmp_path / "out")
+    with pytest.raises(PrepareError, match="was begun with another encode"):
+        prepare(job(source, bos=False), tmp_path / "out", processes=1)
+    write_jsonl(source / "b.jsonl", [{"text": "more"}])
+    with pytest.raises(PrepareError, match="was begun with another files of the source"):
+        prepare(job(source), tmp_path / "out", processes=1)
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(PrepareError, match="in holds other files"):
+        prepare(job(source), source, processes=1)
+    with pytest.raises(PrepareError, match=f"holds no {PLAN}"):
+        remove(source)
+    remove(tmp_path / "out")
+    assert not (tmp_path / "out").exists() and source.exists()
+
+
+def test_long_documents_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "CHUNK_TOKENS", 16)
+    rows = [" ".join(texts(30)), "short", " ".join(texts(50))]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in rows])
+    manifest = prepare(job(tmp_path / "a.jsonl", validation=0.0), tmp_path / "out", processes=1)
+    assert manifest["splits"]["train"]["records"] > 30
+    documents = PreparedDocuments(tmp_path / "out", "train")
+    for i, text in enumerate(rows):
+        length = int(documents.lengths[i])
+        whole, weights = documents.read(i, 0, length)
+        assert TOKENIZER.decode(whole[1:-1].tolist()) == text and weights.sum() == length - 1
+        for start, stop in ((0, 1), (0, length), (15, 17), (16, 32), (length - 1, length)):
+            if stop <= length:
+                tokens, loss = documents.read(i, start, stop)
+                np.testing.assert_array_equal(tokens, whole[start:stop])
+                np.testing.assert_array_equal(loss, weights[start:stop])
+
+
+# ----------------------------------------------------------------------------------- bad rows
+
+BAD = {
+    "not_json": "{broken",
+    "not_utf8": '{"text": "\\ud800"}',
+    "wrong_type": {"text": 3},
+    "empty": {"text": " \n"},
+    "mask_token": {"text": "a <|mask|> b"},
+}
+
+
+def test_bad_rows_are_counted_by_kind_and_named(tmp_path):
+    rows = [{"text": t} for t in texts(95)]
+    for place, row in zip((3, 20, 40, 60, 80), BAD.values(), strict=True):
+        rows.insert(place, row)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    manifest = prepare(job(path, max_bad=0.05), tmp_path / "out", processes=1)
+    assert manifest["rows"] == {"read": 100, "bad": dict.fromkeys(sorted(BAD), 1)}
+    places = {e["kind"]: e["place"] for e in manifest["bad_examples"]}
+    assert places == {
+        kind: f"{path}:{line}" for kind, line in zip(BAD, (4, 21, 41, 61, 81), strict=True)
+    }
+    assert len(documents_of(tmp_path / "out")) == 95
+
+
+def test_too_many_bad_rows_stop_the_run_and_can_be_allowed_later(source, tmp_path):
+    rows = (source / "a.jsonl").read_text().splitlines()
+    rows[17] = "[" + rows[17][1:]
+    rows[33] = "[" + rows[33][1:]
+    (source / "a.jsonl").write_text("\n".join(rows) + "\n")
+    with pytest.raises(PrepareError, match=r"2 of 60 rows are bad.*0\.03.*2 not_json") as stopped:
+        prepare(job(source, max_bad=0.03), tmp_path / "out", processes=1)
+    assert f"{source / 'a.jsonl'}:18: " in str(stopped.value)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    # None allowed: the first one stops the run, in a worker as well.
+    with pytest.raises(PrepareError, match=r"1 of \d+ rows are bad"):
+        prepare(job(source), tmp_path / "none", processes=2)
+    # What is done is kept, and another limit is no other job.
+    manifest = prepare(job(source, max_bad=0.04), tmp_path / "out", processes=1)
+    assert manifest["rows"]["bad"] == {"not_json": 2}
+
+
+def test_a_unit_full_of_bad_rows_stops_before_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "ROWS_TO_JUDGE", 100)
+    path = write_jsonl(tmp_path / "a.jsonl", ["broken"] * 1000)
+    with pytest.raises(PrepareError, match="11 of 11 rows are bad"):
+        prepare(job(path, max_bad=0.1), tmp_path / "out", processes=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"tokens": [5, 300]}, "id_out_of_range"),
+        ({"tokens": [5, -1]}, "id_out_of_range"),
+        ({"tokens": [10**30]}, "wrong_type"),
+        ({"tokens": [5, 0]}, "mask_token"),
+        ({"tokens": []}, "empty"),
+        ({"tokens": [1.5]}, "wrong_type"),
+        ({"tokens": "5"}, "wrong_type"),
+        ({"tokens": [True]}, "wrong_type"),
+        ({"tokens": [5], "loss_mask": [1, 1]}, "wrong_type"),
+        ({"tokens": [5], "loss_mask": [float("nan")]}, "wrong_type"),
+        ({"tokens": [5], "loss_mask": [0]}, "no_assistant_turn"),
+        ({}, "wrong_type"),
+    ],
+)
+def test_bad_rows_of_ids(row, kind, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(PrepareError, match=f"1 {kind}"):
+        prepare(job(path, content="tokens"), tmp_path / "out", processes=1)
+
+
+def test_rows_of_ids_are_taken_as_they_are(tmp_path):
+    rows = [{"tokens": [2, 7, 296, 1]}, {"tokens": [9, 8, 7], "loss_mask": [0, 0.5, 1]}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    job_ = job(path, content="tokens", validation=0.0)
+    manifest = prepare(job_, tmp_path / "out", processes=1)
+    assert manifest["splits"]["train"]["weighted"] is True
+    assert manifest["splits"]["validation"]["documents"] == 0
+    documents = PreparedDocuments(tmp_path / "out", "train")
+    got = [tuple(x.tolist() for x in documents.read(i, 0, n)) for i, n in ((0, 4), (1, 3))]
+    assert got == [([2, 7, 296, 1], [0, 1, 1, 1]), ([9, 8, 7], [0, 0.5, 1])]
+    assert documents.first_supervised.tolist() == [1, 1]
+
+
+# ------------------------------------------------------------------------------- reading back
+
+
+def test_records_survive_and_damage_is_seen():
+    example = Example(np.arange(5, dtype=np.int32), np.float32([0, 0, 1, 1, 0.25]))
+    for dtype in (np.dtype("<u2"), np.dtype("<u4")):
+        record = encode_record(example, dtype)
+        tokens, weights = decode_record(record, dtype)
+        np.testing.assert_array_equal(tokens, example.tokens)
+        np.testing.assert_array_equal(weights, example.weights)
+        for damaged in (b"", record[:7], record[:-1], record + b"x", b"\xff" * len(record)):
+            with pytest.raises(ValueError, match="not a record of tokens"):
+                decode_record(damaged, dtype)
+
+
+def test_damaged_folders_are_named(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(job(source), out, processes=1)
+    with pytest.raises(PreparedError, match="it was not prepared"):
+        read_manifest(source)
+    good = (out / MANIFEST).read_text()
+    for text, message in (
+        ("{", "is not JSON"),
+        ("[]", "version None"),
+        (good.replace('"version": 1', '"version": 99'), "version 99, this program reads 1"),
+        (good.replace('"token_bytes": 2', '"token_bytes": 3'), "is damaged"),
+        (good.replace('"records"', '"recorded"'), "is damaged"),
+    ):
+        (out / MANIFEST).write_text(text)
+        with pytest.raises(PreparedError, match=message):
+            PreparedDocuments(out, "train")
+    (out / MANIFEST).write_text(good)
+    index = (out / "00002.train.npy").read_bytes()
+    (out / "00002.train.npy").write_bytes(index[:-4])
+    with pytest.raises(PreparedError, match=r"00002\.train\.npy cannot be read"):
+        PreparedDocuments(out, "train")
+    (out / "00002.train.npy").write_bytes((out / "00003.train.npy").read_bytes())
+    with pytest.raises(PreparedError, match="prepare it again"):
+        documents = PreparedDocuments(out, "train")
+        [documents.read(i, 0, int(n)) for i, n in enumerate(documents.lengths)]
+    (out / "00002.train.npy").write_bytes(index)
+    (out / "00004.train.array_record").unlink()
+    with pytest.raises(PreparedError, match=r"00004\.train\.array_record is missing"):
+        PreparedDocuments(out, "train").read(0, 0, 1)
+
+
+def test_data_of_another_tokenizer_is_refused(source, tmp_path):
+    prepare(job(source), tmp_path / "out", processes=1)
+    cfg = DataConfig(sources=(str(tmp_path / "out"),), row_length=16)
+    assert load_corpus(cfg, TOKENIZER, SPECIAL).sources[0].train.ids.size
+    other = json.loads(TOKENIZER.to_str())
+    other["added_tokens"][3]["content"] = "<roll>"
+    with pytest.raises(PreparedError, match="was tokenized by another tokenizer"):
+        load_corpus(cfg, Tokenizer.from_str(json.dumps(other)), SPECIAL)
+    with pytest.raises(PreparedError, match="was prepared with special tokens"):
+        load_corpus(cfg, TOKENIZER, dataclasses.replace(SPECIAL, pad=3))
