@@ -16,7 +16,7 @@ STAMP := .venv/.stamp
 # More arguments for pytest, e.g. make test PYTEST_ARGS="-k sampler"
 PYTEST_ARGS ?=
 
-.PHONY: help setup quickstart quickstart-long test lint format wheel pins clean
+.PHONY: help setup quickstart quickstart-long test lint format bench wheel pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,9 @@ lint: setup ## style, types and the direction of imports
 format: setup ## let ruff rewrite the files in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: setup ## share of a training step that is not the model's; minutes
+	$(BIN)/python -m llada2_jax.bench
 
 wheel: setup ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation
