@@ -18,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from llada2_jax.types import ModelConfig
+from pallas_kernels.block_attention import BACKENDS
 
 
 class ConfigError(ValueError):
@@ -217,11 +218,12 @@ class SpikeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """How to compute, not what: dtypes, kernels, recomputation."""
+    """How to compute, not what: dtypes, kernels, recomputation. attention_backend: "auto" takes the
+    fastest kernel that proves itself on the device at hand (docs/kernels.md)."""
 
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
-    attention_backend: str = "xla"
+    attention_backend: str = "auto"
     experts_backend: str = "tiles"
     remat: str = "none"
 
@@ -354,7 +356,7 @@ _CHOICES = {
     "spikes.non_finite": ("skip", "rollback", "stop"),
     "spikes.loss": ("ignore", "skip", "rollback", "stop"),
     "spikes.grad_norm": ("ignore", "skip", "rollback", "stop"),
-    "runtime.attention_backend": ("xla", "reference"),
+    "runtime.attention_backend": BACKENDS,
     "runtime.experts_backend": ("tiles", "ragged_dot"),
     "runtime.remat": ("none", "full", "dots"),
     "runtime.dtype": ("bfloat16", "float32"),

@@ -65,7 +65,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
-    attention_backend: str = "xla"
+    attention_backend: str = "auto"
     experts_backend: str = "tiles"
     remat: str = "none"
 
