@@ -60,7 +60,7 @@ def forward(q, k, v, starts, ends, ranges, *, tile, interpret):
     group = heads // k.shape[2]
     _, key_tile = tile
 
-    def kernel(
+    def block_attention_forward(
         q_ref, k_ref, v_ref, starts_ref, ends_ref, ranges_ref, o_ref, lse_ref,
         q_smem, lse_smem, loaded, turn,
     ):  # fmt: skip
@@ -118,22 +118,20 @@ def forward(q, k, v, starts, ends, ranges, *, tile, interpret):
             return total, new_top, out
 
         keys = _spec((key_tile, head_dim), q.dtype, lambda i: (schedule.walk(tiles, i)[1], 0))
-        _pipeline(visit, compute, (_length(tiles),), [keys, keys])(
+        _pipeline(visit, compute, (schedule.steps(tiles),), [keys, keys])(
             *(x.at[row, :, kv_head] for x in (k_ref, v_ref))
         )
 
     lse = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
-    return plgpu.kernel(
-        kernel,
-        out_type=(_like(q), lse),
-        scratch_types=[
-            _smem((WARPGROUPS, ROWS, head_dim), q.dtype),
-            plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
-        ],
-        **_launch("heads", heads // WARPGROUPS, queries // ROWS, batch, interpret),
-    )(q, k, v, starts, ends, ranges)
+    scratch = [
+        _smem((WARPGROUPS, ROWS, head_dim), q.dtype),
+        plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+        plgpu.Barrier(num_barriers=WARPGROUPS),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
+    ]
+    grid = heads // WARPGROUPS, queries // ROWS, batch
+    call = _launch(block_attention_forward, (_like(q), lse), scratch, grid, interpret)
+    return call(q, k, v, starts, ends, ranges)
 
 
 def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
@@ -142,7 +140,7 @@ def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, inter
     group = heads // k.shape[2]
     _, key_tile = tile
 
-    def kernel(
+    def block_attention_query_gradient(
         q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, starts_ref, ends_ref, ranges_ref, dq_ref,
         q_smem, do_smem, loaded,
     ):  # fmt: skip
@@ -190,17 +188,15 @@ def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, inter
             return dq, lse, delta
 
         keys = _spec((key_tile, head_dim), q.dtype, lambda i: (schedule.walk(tiles, i)[1], 0))
-        _pipeline(visit, compute, (_length(tiles),), [keys, keys])(
+        _pipeline(visit, compute, (schedule.steps(tiles),), [keys, keys])(
             *(x.at[row, :, kv_head] for x in (k_ref, v_ref))
         )
 
     smem = _smem((WARPGROUPS, ROWS, head_dim), q.dtype)
-    return plgpu.kernel(
-        kernel,
-        out_type=_like(q),
-        scratch_types=[smem, smem, plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)],
-        **_launch("heads", heads // WARPGROUPS, queries // ROWS, batch, interpret),
-    )(q, k, v, do, lse, delta, starts, ends, ranges)
+    scratch = [smem, smem, plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)]
+    grid = heads // WARPGROUPS, queries // ROWS, batch
+    call = _launch(block_attention_query_gradient, _like(q), scratch, grid, interpret)
+    return call(q, k, v, do, lse, delta, starts, ends, ranges)
 
 
 def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
@@ -209,7 +205,7 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
     group = q.shape[2] // kv_heads
     query_tile, key_tile = tile
 
-    def kernel(
+    def block_attention_key_gradients(
         q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, starts_ref, ends_ref, ranges_ref,
         dk_ref, dv_ref, k_smem, v_smem, loaded,
     ):  # fmt: skip
@@ -282,25 +278,26 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
         block = query_tile, None, head_dim
         per_query = _spec(block, q.dtype, lambda i, member: (*at(i, member), 0))
         per_row = plgpu.BlockSpec((None, query_tile), lambda i, member: at(i, member)[::-1])
-        grid = _length(tiles), group
+        grid = schedule.steps(tiles), group
         _pipeline(visit, compute, grid, [per_query, per_query, per_row, per_row])(
             *(x.at[row] for x in (q_ref, do_ref, lse_ref, delta_ref))
         )
 
     smem = _smem((WARPGROUPS, ROWS, head_dim), k.dtype)
+    scratch = [smem, smem, plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)]
+    grid = kv_heads, keys // key_tile, batch
+    call = _launch(block_attention_key_gradients, (_like(k), _like(v)), scratch, grid, interpret)
+    return call(q, k, v, do, lse, delta, starts, ends, ranges)
+
+
+def _launch(kernel, out_type, scratch_types, grid, interpret):
+    """Grid: heads, tiles, rows of the batch; a program is the computing and one copying group."""
     return plgpu.kernel(
         kernel,
-        out_type=(_like(k), _like(v)),
-        scratch_types=[smem, smem, plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)],
-        **_launch("heads", kv_heads, keys // key_tile, batch, interpret),
-    )(q, k, v, do, lse, delta, starts, ends, ranges)
-
-
-def _launch(*grid_and_interpret):
-    heads_name, heads, tiles, rows, interpret = grid_and_interpret
-    return dict(  # noqa: C408
-        grid=(heads, tiles, rows),
-        grid_names=(heads_name, "tiles", "rows"),
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=grid,
+        grid_names=("heads", "tiles", "rows"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -325,9 +322,6 @@ def _tiles(ranges_ref, row, number):
     ]
     whole = schedule.whole_tiles(table)
     return whole + schedule.masked_tiles(table), schedule.steps(whole)
-
-
-_length = schedule.steps
 
 
 def _pipeline(visit, compute, grid, specs):
@@ -379,7 +373,10 @@ def _columns(x, shape):
 def _transforms(dtype):
     """Tiles of 8 rows by 128 bytes, swizzled: what wgmma reads without bank conflicts."""
     elements = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128)
+    return (
+        plgpu.TilingTransform((8, elements)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
 
 
 def _smem(shape, dtype):

@@ -59,9 +59,9 @@ def stacked(heads: int, kv_heads: int) -> int:
 def forward(q, k, v, starts, ends, ranges, *, tile, interpret):
     """Output like q, and log2 of the softmax denominators, fp32 [batch, heads, queries]."""
     batch, queries, heads, _ = q.shape
-    outputs = [_like(q), jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)]
+    lse = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
     call = functools.partial(_over_queries, _forward_kernel, warps=8, interpret=interpret)
-    return call(outputs, ranges, k, v, starts, ends, q, tile=tile)
+    return call([_like(q), lse], ranges, k, v, starts, ends, q, tile=tile)
 
 
 def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
@@ -74,69 +74,65 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
     """dk and dv, like k and v. `ranges` are those of query tiles for each key tile."""
     batch, keys, kv_heads, head_dim = k.shape
     positions, key_tile = tile
+    group = q.shape[2] // kv_heads
     stack = stacked(q.shape[2], kv_heads)
-    chunks = q.shape[2] // kv_heads // stack
-    rows = starts, ends, q, do, lse, delta
-    per_tile = pl.BlockSpec((None, key_tile, None, head_dim), lambda i, head, b: (b, i, head, 0))
+    own = pl.BlockSpec((None, key_tile, None, head_dim), lambda i, head, b: (b, i, head, 0))
+    bounds = pl.BlockSpec((None, *starts.shape[1:]), lambda i, head, b: (b, 0, 0))
+    queries = pl.BlockSpec((None, q.shape[1], group, head_dim), lambda i, head, b: (b, 0, head, 0))
+    sums = pl.BlockSpec((None, group, q.shape[1]), lambda i, head, b: (b, head, 0))
     return pl.pallas_call(
-        functools.partial(_key_gradients_kernel, positions=positions, stack=stack, chunks=chunks),
+        functools.partial(_key_gradients_kernel, positions=positions, stack=stack),
         grid=(keys // key_tile, kv_heads, batch),
-        in_specs=[_of_tile(ranges, lambda i: i), per_tile, per_tile, *map(_whole, rows)],
-        out_specs=[per_tile, per_tile],
+        in_specs=[
+            pl.BlockSpec((None, None, *ranges.shape[2:]), lambda i, head, b: (b, i, 0, 0)),
+            *(own, own, bounds, bounds, queries, queries, sums, sums),
+        ],
+        out_specs=[own, own],
         out_shape=[_like(k), _like(v)],
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
         interpret=interpret,
         name="block_attention_key_gradients",
-    )(ranges, k, v, *rows)
+    )(ranges, k, v, starts, ends, q, do, lse, delta)
 
 
-def _over_queries(kernel, outputs, ranges, k, v, *rows, tile, warps, interpret):
+def _over_queries(kernel, outputs, ranges, k, v, starts, ends, *rows, tile, warps, interpret):
     """Runs a program for each query tile and stack of heads, with the keys of their kv head."""
-    batch, queries, heads, head_dim = rows[2].shape
+    batch, queries, heads, head_dim = rows[0].shape
     keys, kv_heads = k.shape[1:3]
     positions, key_tile = tile
     stack = stacked(heads, kv_heads)
     chunks = heads // kv_heads // stack
     last = queries // positions - 1  # has the most keys of its half: long programs start first
+
+    def spec(x):
+        if len(x.shape) == 3:
+            return pl.BlockSpec((None, stack, positions), lambda i, c, b: (b, c, last - i))
+        block = None, positions, stack, head_dim
+        return pl.BlockSpec(block, lambda i, c, b: (b, last - i, c, 0))
+
+    bounds = pl.BlockSpec((None, schedule.RUNS, positions), lambda i, c, b: (b, 0, last - i))
     per_head = pl.BlockSpec((None, keys, None, head_dim), lambda i, c, b: (b, 0, c // chunks, 0))
     return pl.pallas_call(
-        functools.partial(kernel, last=last, positions=positions, stack=stack, key_tile=key_tile),
+        functools.partial(kernel, positions=positions, stack=stack, key_tile=key_tile),
         grid=(last + 1, heads // stack, batch),
-        in_specs=[_of_tile(ranges, lambda i: last - i), per_head, per_head, *map(_whole, rows)],
-        out_specs=[_whole(x) for x in outputs],
+        in_specs=[
+            pl.BlockSpec((None, None, *ranges.shape[2:]), lambda i, c, b: (b, last - i, 0, 0)),
+            *(per_head, per_head, bounds, bounds),
+            *map(spec, rows),
+        ],
+        out_specs=[*map(spec, outputs)],
         out_shape=outputs,
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
         name=f"block_attention{kernel.__name__.removesuffix('_kernel')}",
-    )(ranges, k, v, *rows)
-
-
-def _of_tile(ranges, order):
-    """The ranges of the tile that a program works on."""
-    return pl.BlockSpec((None, None, *ranges.shape[2:]), lambda i, head, b: (b, order(i), 0, 0))
-
-
-def _whole(x):
-    """All of a batch row: programs gather their rows from it."""
-    return pl.BlockSpec((None, *x.shape[1:]), lambda i, head, b: (b,) + (0,) * (len(x.shape) - 1))
+    )(ranges, k, v, starts, ends, *rows)
 
 
 def _forward_kernel(
-    ranges_ref,
-    k_ref,
-    v_ref,
-    starts_ref,
-    ends_ref,
-    q_ref,
-    o_ref,
-    lse_ref,
-    *,
-    last,
-    positions,
-    stack,
-    key_tile,
-):
-    position, head = _rows(last - pl.program_id(0), pl.program_id(1), positions, stack)
+    ranges_ref, k_ref, v_ref, starts_ref, ends_ref, q_ref, o_ref, lse_ref,
+    *, positions, stack, key_tile,
+):  # fmt: skip
+    position, head = _rows(positions, stack)
     q = q_ref[position, head, :]
     scale = q.shape[1] ** -0.5 * LOG2_E
 
@@ -163,9 +159,9 @@ def _forward_kernel(
 
 def _query_gradient_kernel(
     ranges_ref, k_ref, v_ref, starts_ref, ends_ref, q_ref, do_ref, lse_ref, delta_ref, dq_ref,
-    *, last, positions, stack, key_tile,
+    *, positions, stack, key_tile,
 ):  # fmt: skip
-    position, head = _rows(last - pl.program_id(0), pl.program_id(1), positions, stack)
+    position, head = _rows(positions, stack)
     q, do = q_ref[position, head, :], do_ref[position, head, :]
     lse, delta = lse_ref[head, position], delta_ref[head, position]
     scale = q.shape[1] ** -0.5
@@ -185,16 +181,16 @@ def _query_gradient_kernel(
 
 def _key_gradients_kernel(
     ranges_ref, k_ref, v_ref, starts_ref, ends_ref, q_ref, do_ref, lse_ref, delta_ref, dk_ref,
-    dv_ref, *, positions, stack, chunks,
+    dv_ref, *, positions, stack,
 ):  # fmt: skip
     k, v = k_ref[...], v_ref[...]
     scale = k.shape[1] ** -0.5
-    first_chunk = pl.program_id(1) * chunks
     keys = pl.ds(pl.program_id(0) * k.shape[0], k.shape[0])
+    in_tile, in_stack = _rows(positions, stack)
 
-    def visit(run, query_tile, masked, carry, chunk):
+    def visit(run, tile, masked, carry, first_head):
         dk, dv = carry
-        position, head = _rows(query_tile, first_chunk + chunk, positions, stack)
+        position, head = tile * positions + in_tile, first_head + in_stack
         q, do = q_ref[position, head, :], do_ref[position, head, :]
         lse, delta = lse_ref[head, position], delta_ref[head, position]
         weight = jnp.exp2(_dot(k, q.T) * (scale * LOG2_E) - lse[None])  # [keys, rows]
@@ -206,17 +202,17 @@ def _key_gradients_kernel(
         return dk + _dot(d_score.astype(q.dtype), q), dv
 
     carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for chunk in range(chunks):
-        carry = _sweep(ranges_ref, functools.partial(visit, chunk=chunk), carry)
+    for first_head in range(0, q_ref.shape[1], stack):
+        carry = _sweep(ranges_ref, functools.partial(visit, first_head=first_head), carry)
     dk, dv = carry
     dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
 
-def _rows(tile, chunk, positions, stack):
+def _rows(positions, stack):
     """Query position and head of each row of a tile, int32 [positions * stack]."""
     row = jnp.arange(positions * stack, dtype=jnp.int32)
-    return tile * positions + lax.div(row, stack), chunk * stack + lax.rem(row, stack)
+    return lax.div(row, stack), lax.rem(row, stack)
 
 
 def _sweep(ranges_ref, visit, carry):

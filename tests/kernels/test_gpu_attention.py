@@ -1,0 +1,271 @@
+"""The GPU kernels without a GPU: their bodies interpreted on the CPU, and lowered for Hopper."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels.block_attention.gpu import (
+    Tiles,
+    attend_gpu,
+    attention,
+    choose,
+    computed_pairs,
+    default_tiles,
+    schedule,
+)
+from pallas_kernels.block_layout import allowed, block_index, both_halves, key_intervals
+from pallas_kernels.shapes import ATTENTION, packed_layout
+from tests.kernels.contract import (
+    AttentionContract,
+    any_row,
+    assert_close,
+    draw_inputs,
+    oracle,
+    output_and_gradients,
+)
+
+IMPLEMENTATIONS = ("mosaic", "triton")
+# Small enough that a short row has whole tiles, masked ones, and several of each.
+SMALL = Tiles(forward=(8, 16), query_gradient=(4, 8), key_gradients=(8, 16))
+
+
+class TestTriton(AttentionContract):
+    @staticmethod
+    def attend(q, k, v, layout):
+        return attend_gpu(q, k, v, key_intervals(layout), implementation="triton", interpret=True)
+
+
+@output_and_gradients
+def small_tiles(q, k, v, layout):
+    intervals = key_intervals(layout)
+    return attend_gpu(q, k, v, intervals, implementation="triton", tiles=SMALL, interpret=True)
+
+
+@pytest.mark.parametrize("heads", [6, 3])
+def test_triton_takes_groups_that_are_no_power_of_two(heads):
+    layout = packed_layout(np.random.default_rng(0), 1, 48, "straddling", block_size=4)
+    rng = np.random.default_rng(1)
+    inputs = [
+        jnp.asarray(rng.standard_normal((1, 96, n, 16)), "float32") for n in (heads, 1, 1, heads)
+    ]
+    assert_close(small_tiles(*inputs, layout), oracle(*inputs, layout), 1e-5)
+
+
+@pytest.fixture
+def register_operands(monkeypatch):
+    """jax 0.12 interprets wgmma only with both operands in shared memory; here the left one may be
+    an array, which is how Mosaic spells registers."""
+    in_shared_memory = gpu_callbacks.wgmma
+
+    def wgmma(*, a_allocation_key_as_array, **call):
+        a = np.asarray(a_allocation_key_as_array)
+        if a.ndim == 1:
+            return in_shared_memory(a_allocation_key_as_array=a, **call)
+        memory, thread = gpu_callbacks._get_shared_memory(), call["thread"]
+        info = gpu_callbacks.memory.GPULoggingInfo(call["mesh_location"], thread, None)
+
+        def access(name):
+            key = gpu_callbacks.HostAllocationKey.from_array(
+                call[f"{name}_allocation_key_as_array"]
+            )
+            moves = gpu_callbacks._remove_noop_transforms(call[f"{name}_transforms"])
+            return key, memory.access(key, jax.tree.map(int, moves))
+
+        def read(name):
+            return memory.get_buffer_content(*access(name), thread, logging_info=info)[0]
+
+        result = read("acc") + np.matmul(a, read("b"), dtype=np.float32)
+        memory.store_buffer_content(*access("acc"), result, thread, logging_info=info)
+        return call["token"]
+
+    monkeypatch.setattr(gpu_callbacks, "wgmma", wgmma)
+
+
+def test_mosaic_matches_the_oracle(register_operands):
+    """Threads, barriers and copies included. Two rows of three query tiles and two key tiles."""
+    rng = np.random.default_rng(0)
+    layout = packed_layout(rng, 1, 96, "straddling", block_size=8, padding=9)
+    inputs = [jnp.asarray(rng.standard_normal((1, 192, n, 64)), "bfloat16") for n in (2, 1, 1, 2)]
+
+    @output_and_gradients
+    def attend(q, k, v, layout):
+        return attend_gpu(q, k, v, key_intervals(layout), implementation="mosaic", interpret=True)
+
+    exact = oracle(*(x.astype(jnp.float32) for x in inputs), layout)
+    assert_close(attend(*inputs, layout), exact, 2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("shape", ["mini", "flash"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_lowers_for_hopper(implementation, shape):
+    heads, length = ATTENTION[shape], 4096
+    layout = packed_layout(np.random.default_rng(0), 1, length, 1024, block_size=32)
+    q, kv = (
+        jax.ShapeDtypeStruct((1, 2 * length, n, heads.head_dim), jnp.bfloat16)
+        for n in (heads.heads, heads.kv_heads)
+    )
+
+    def total(q, k, v, intervals):
+        out = attend_gpu(q, k, v, intervals, implementation=implementation)
+        return out.astype(jnp.float32).sum()
+
+    hopper = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=hopper)):
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+        traced = gradients.trace(q, kv, kv, key_intervals(layout))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    target = {"mosaic": "mosaic_gpu_v2", "triton": "__gpu$xla.gpu.triton"}[implementation]
+    assert text.count(f"custom_call @{target}(") == 3
+    for kernel in ("forward", "query_gradient", "key_gradients"):
+        assert f"block_attention_{kernel}" in text
+
+
+LENGTH = 48
+rows = st.tuples(any_row(LENGTH), st.integers(1, LENGTH), st.sampled_from(["document", "row"]))
+tile_sizes = st.sampled_from([(8, 16), (16, 8), (32, 32)])
+
+
+def layout_of(row):
+    (segments, positions), size, anchor = row
+    return both_halves(block_index(positions, size, anchor), segments)
+
+
+def tiles_of(table) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(run, tile) of every step of the loops over whole tiles and over masked ones."""
+    table = np.asarray(table)
+    return tuple(
+        [tuple(map(int, schedule.walk(ranges, step))) for step in range(schedule.steps(ranges))]
+        for ranges in (schedule.whole_tiles(table), schedule.masked_tiles(table))
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows, tile_sizes)
+def test_loops_visit_what_is_allowed_and_mask_what_is_not(row, tile):
+    layout = layout_of(row)
+    starts, ends = schedule.runs_of(key_intervals(layout))
+    key = np.arange(2 * LENGTH)
+    inside = np.asarray((key >= starts[..., None]) & (key < ends[..., None]))[0]
+    assert np.array_equal(inside.sum(0), allowed(layout, layout)[0])
+    ranges = schedule.key_ranges(starts, ends, *tile)
+    by_query = set()
+    for number, table in enumerate(ranges[0]):
+        whole, masked = tiles_of(table)
+        assert len({*whole, *masked}) == len(whole) + len(masked)
+        by_query |= {(run, number, tile) for run, tile in whole + masked}
+        queries = inside[:, number * tile[0] : (number + 1) * tile[0]]
+        for run in range(schedule.RUNS):
+            for other in range(2 * LENGTH // tile[1]):
+                pairs = queries[run, :, other * tile[1] : (other + 1) * tile[1]]
+                assert not pairs.any() or (run, other) in whole + masked
+                assert pairs.all() or (run, other) not in whole
+    by_key = set()
+    for number, table in enumerate(schedule.query_ranges(ranges, 2 * LENGTH // tile[1])[0]):
+        whole, masked = tiles_of(table)
+        by_key |= {(run, query, number) for run, query in whole + masked}
+        for run, query in whole:
+            queries, keys = query * tile[0], number * tile[1]
+            assert inside[run, queries : queries + tile[0], keys : keys + tile[1]].all()
+    assert by_query <= by_key
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows)
+def test_keys_seen_are_those_of_the_rule(row):
+    layout = layout_of(row)
+    starts, ends = schedule.runs_of(key_intervals(layout))
+    seen = schedule.seen_keys(starts, ends, 2 * LENGTH)
+    assert np.array_equal(seen, allowed(layout, layout).any(1))
+
+
+@pytest.mark.parametrize(
+    "documents, most", [("none", 1.10), (2048, 1.25), (1024, 1.40), (512, 1.70)]
+)
+@pytest.mark.parametrize("shape", ["mini", "flash"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_work_is_in_proportion_to_what_is_allowed(implementation, shape, documents, most):
+    heads = ATTENTION[shape]
+    q, k = (
+        jax.ShapeDtypeStruct((8, 8192, n, heads.head_dim), jnp.bfloat16)
+        for n in (heads.heads, heads.kv_heads)
+    )
+    layout = packed_layout(np.random.default_rng(0), 8, 4096, documents, block_size=32)
+    intervals = key_intervals(layout)
+    ideal = float(intervals.count().sum())
+    for pairs in computed_pairs(intervals, 8192, default_tiles(implementation, q, k)):
+        assert 1.0 <= pairs / ideal <= most
+
+
+def test_pairs_are_counted_from_the_tiles_that_are_visited():
+    layout = packed_layout(np.random.default_rng(0), 1, 32, "none", block_size=32)
+    # One block: each half sees itself, in 4 x 2 tiles of the forward pass and as many backward.
+    tiles = Tiles(forward=(8, 16), query_gradient=(8, 16), key_gradients=(8, 16))
+    assert computed_pairs(key_intervals(layout), 64, tiles) == (2 * 32 * 32, 2 * 32 * 32)
+
+
+def on(monkeypatch, capability):
+    monkeypatch.setattr(attention, "_compute_capability", lambda: capability)
+    attention._warn_once.cache_clear()
+
+
+def shapes(heads, kv_heads, head_dim, dtype):
+    return [jax.ShapeDtypeStruct((1, 64, n, head_dim), dtype) for n in (heads, kv_heads)]
+
+
+def test_hopper_gets_mosaic(monkeypatch, caplog):
+    on(monkeypatch, (9, 0))
+    assert choose(*shapes(16, 4, 128, jnp.bfloat16)) == "mosaic"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "capability, arrays, reason",
+    [
+        ((8, 0), (16, 4, 128, jnp.bfloat16), "compute capability 8.0"),
+        ((10, 0), (16, 4, 128, jnp.bfloat16), "compute capability 10.0"),
+        ((9, 0), (16, 4, 128, jnp.float32), "float32"),
+        ((9, 0), (16, 4, 32, jnp.bfloat16), "head_dim 32"),
+        ((9, 0), (4, 4, 128, jnp.bfloat16), "1 query heads"),
+    ],
+)
+def test_falling_back_to_triton_is_said_once_with_its_reason(
+    monkeypatch, caplog, capability, arrays, reason
+):
+    on(monkeypatch, capability)
+    for _ in range(2):
+        assert choose(*shapes(*arrays)) == "triton"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and reason in record.message
+
+
+def test_what_cannot_run_is_an_error_that_names_it(monkeypatch):
+    q, k, v, _ = (x[:, :8] for x in draw_inputs(layout_of((ROW, 4, "row")), "tiny", "float32"))
+    intervals = jax.tree.map(lambda x: x[:, :8], key_intervals(layout_of((ROW, 4, "row"))))
+    with pytest.raises(ValueError, match="'cuda'"):
+        attend_gpu(q, k, v, intervals, implementation="cuda")
+    with pytest.raises(NotImplementedError, match="float32"):
+        attend_gpu(q, k, v, intervals, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="head_dim 12"):
+        attend_gpu(q[..., :12], k[..., :12], v[..., :12], intervals, implementation="triton")
+    with pytest.raises(ValueError, match="one dtype"):
+        attend_gpu(q, k.astype(jnp.bfloat16), v, intervals)
+    with pytest.raises(ValueError, match="multiple"):
+        attend_gpu(q[:, :, :3], k, v, intervals)
+    with pytest.raises(ValueError, match="interval bounds"):
+        attend_gpu(q[:, :4], k, v, intervals)
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        attend_gpu(q, k, v, intervals)
+    on(monkeypatch, (7, 5))
+    with pytest.raises(NotImplementedError, match="7.5"):
+        attend_gpu(q, k, v, intervals)
+
+
+ROW = (np.ones((1, LENGTH), np.int32), np.arange(LENGTH, dtype=np.int32)[None])
