@@ -1,9 +1,13 @@
 """The benchmark runs both ways and divides the right way round; its times are nobody's promise."""
 
+from pathlib import Path
+
 import pytest
 
+from llada2_jax import bench
+from llada2_jax.assets import TINY_AR
 from llada2_jax.bench import Overhead, loop_overhead
-from llada2_jax.config import ConfigError, TrainConfig
+from llada2_jax.config import ConfigError, TrainConfig, default_config, validate
 
 
 def test_shares_are_of_the_loop():
@@ -18,3 +22,30 @@ def test_shares_are_of_the_loop():
 def test_nothing_to_time_is_an_error(counts):
     with pytest.raises(ConfigError, match="both must be at least 1"):
         loop_overhead(TrainConfig(), **counts)
+
+
+def test_both_ways_run(tmp_path, monkeypatch):
+    """The same steps of the same config, from the loop's own record and from the bare step."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(150):
+        (source / f"m{i}.py").write_text("def f(x):\n    return x\n" * 8)
+    config = default_config()
+    config.init.checkpoint = str(TINY_AR)
+    config.data.source, config.data.row_length, config.data.rows_per_step = str(source), 16, 2
+    config.schedule.stable_tokens = 32  # left out
+    config.log_every, config.workdir = 2, "runs/x"
+    cfg = validate(config)
+    ran = []
+
+    def train(cfg, **kwargs):
+        ran.append((cfg.total_steps, [p.objective for p in cfg.phases], Path(cfg.workdir)))
+        return run_training(cfg, **kwargs)
+
+    run_training = bench.train
+    monkeypatch.setattr(bench, "train", train)
+    overhead = loop_overhead(cfg, steps=3, rounds=1)
+    assert [r[:2] for r in ran] == [(6, ["ar"])]  # 2 to warm up, 3 rounded up to the next log
+    assert not any(workdir.exists() for *_, workdir in ran)
+    assert len(overhead.loop) == len(overhead.step) == 1
+    assert min(*overhead.loop, *overhead.step) > 0
