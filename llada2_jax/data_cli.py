@@ -232,9 +232,12 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
 def _corpus(args: argparse.Namespace) -> tuple[Corpus, DataConfig, Tokenizer]:
     manifest = read_manifest(args.folders[0])
     conversation = manifest["encode"]["content"] in ("chat", "preference")
+    weights = tuple(float(w) for w in args.weights.split(",") if w)
+    if len(weights) not in (0, len(args.folders)) or not all(w > 0 for w in weights):
+        raise ValueError(f"--weights {args.weights}: one positive number for each folder")
     cfg = DataConfig(
         sources=tuple(args.folders),
-        weights=tuple(float(w) for w in args.weights.split(",") if w),
+        weights=weights,
         packing=args.packing or ("best_fit" if conversation else "concat"),
         pad_multiple=args.pad_multiple,
         long_documents=args.long_documents,

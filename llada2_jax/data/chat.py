@@ -383,7 +383,7 @@ class ChatTokens:
 
     def __call__(self, row: dict[str, Any]) -> Example:
         """An example from {messages | conversations, tools, system}. Raises: BadRow."""
-        field = "messages" if "messages" in row else "conversations"
+        field = "conversations" if row.get("messages") is None else "messages"
         messages = read_messages(row.get(field), field)
         return self.tokenize(self.with_system(messages, row.get("system")), row.get("tools"))
 
