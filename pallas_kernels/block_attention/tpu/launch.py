@@ -154,7 +154,8 @@ def launch(
     blocks += sum(
         math.prod(x.shape[3:]) * x.dtype.itemsize for x in (*of_tile, *carry, *tile_outputs)
     )
-    vmem = 2 * blocks + (2 + 2 * matmuls) * tiles.wide * rows * 4 + SPARE_VMEM
+    step = matmuls * tiles.wide * rows * 4  # generous: the scores of a step and what follows them
+    vmem = 2 * blocks + step + SPARE_VMEM
     first_carry = len(prefetched) + 2 + len(of_strip) + len(of_tile)
 
     def body(index, order, counts, runs, bounds, *refs):
