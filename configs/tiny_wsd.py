@@ -23,10 +23,10 @@ def get_config():
     config.init.checkpoint = str(TINY_AR)
     config.schedule.ar_tokens = 0
     config.schedule.warmup_blocks = (1, 4, 32, 64)
-    config.schedule.warmup_tokens = 1_200_000
-    config.schedule.stable_tokens = 2_400_000
+    config.schedule.warmup_tokens = 1_000_000
+    config.schedule.stable_tokens = 2_000_000
     config.schedule.decay_blocks = (64, 32)
-    config.schedule.decay_tokens = 2_400_000
+    config.schedule.decay_tokens = 1_800_000
     config.optimizer.learning_rate = 1e-3
     config.optimizer.decay_fraction = 0.4
     config.embedding_noise.sigma = 0.05
