@@ -36,7 +36,8 @@ examples:
   llada2 data prepare 'gs://bucket/code/*.jsonl.zst' data/code --tokenizer DIR --field content
   llada2 data prepare chats.jsonl data/sft --tokenizer DIR --content chat --loss-turns last
   llada2 data prepare pairs.parquet data/dpo --tokenizer DIR --content preference
-  llada2 data prepare my_tasks:mixture data/mix --tokenizer DIR --format seqio --field targets
+  llada2 data prepare my_tasks:mixture data/mix --tokenizer DIR --format seqio \
+      --content tokens --prompt-field inputs --field targets
   llada2 data inspect data/sft --packing best_fit --row-length 1024 --block-size 32
   llada2 data bench data/web --row-length 4096
 
@@ -104,6 +105,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     meaning.add_argument("--content", choices=CONTENTS, default="text")
     meaning.add_argument("--field", default="", help="that holds the text or the ids")
     meaning.add_argument(
+        "--prompt-field", default="", help="that holds what stands before it and is not learned"
+    )
+    meaning.add_argument(
         "--template",
         default="tokenizer",
         help="chat template: the tokenizer's, 'llada2' (built in), or a Jinja file",
@@ -140,6 +144,7 @@ def _prepare(args: argparse.Namespace) -> None:
         EncodeOptions(
             args.content,
             args.field,
+            args.prompt_field,
             template,
             args.today,
             args.loss_turns,

@@ -20,6 +20,7 @@ CONTENTS = ("text", "tokens", "chat", "preference")
 @dataclasses.dataclass(frozen=True)
 class EncodeOptions:
     """content: what rows hold, one of CONTENTS. field: of "text" and "tokens" (empty: that name).
+    prompt_field: of what stands before it and is not learned (empty: nothing does).
     template: "tokenizer" (its own), "llada2" (built in) or Jinja text. today: for templates that
     write a date. loss_turns: "all" assistant turns or the "last". system: opens conversations that
     have no system message. bos: open texts with the bos token, if there is one. row_length: longest
@@ -27,6 +28,7 @@ class EncodeOptions:
 
     content: str = "text"
     field: str = ""
+    prompt_field: str = ""
     template: str = "tokenizer"
     today: str = ""
     loss_turns: str = "all"
@@ -47,11 +49,16 @@ def make_encoder(
     tokenizer = Tokenizer.from_str(tokenizer_files["tokenizer.json"])
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    field = options.field or options.content
     if options.content == "text":
-        return TextRows(field, tokenizer, special, special.bos if options.bos else None)
-    if options.content == "tokens":
-        return TokenRows(field, tokenizer.get_vocab_size(), special)
+        encode = TextRows(options, tokenizer, special)
+    elif options.content == "tokens":
+        encode = TokenRows(options, tokenizer.get_vocab_size(), special)
+    else:
+        encode = _chat_encoder(options, tokenizer_files, tokenizer, special)
+    return WithinRow(encode, options.row_length) if options.row_length else encode
+
+
+def _chat_encoder(options: EncodeOptions, tokenizer_files, tokenizer, special) -> Encoder:
     chat = ChatTokens(
         _template(options, tokenizer_files, tools=False),
         _template(options, tokenizer_files, tools=True),
@@ -61,8 +68,7 @@ def make_encoder(
         options.loss_turns,
         options.system,
     )
-    encode = chat if options.content == "chat" else PreferencePairs(chat)
-    return WithinRow(encode, options.row_length) if options.row_length else encode
+    return chat if options.content == "chat" else PreferencePairs(chat)
 
 
 def _template(
@@ -78,50 +84,67 @@ def _template(
 
 
 class TextRows:
-    """[bos] text eos, all of it supervised but bos. Names of special tokens in a text stay text,
-    but for the mask's, which no text should hold."""
+    """[bos] [prompt] text eos, text and eos supervised. Names of special tokens in a text stay
+    text, but for the mask's, which no text should hold."""
 
-    def __init__(self, field: str, tokenizer: Tokenizer, special: SpecialTokens, bos: int | None):
-        self._field, self._bos, self._eos = field, bos, special.eos
-        self._mask = tokenizer.id_to_token(special.mask)
+    def __init__(self, options: EncodeOptions, tokenizer: Tokenizer, special: SpecialTokens):
+        self._field, self._prompt_field = options.field or "text", options.prompt_field
+        self._start = [special.bos] if options.bos and special.bos is not None else []
+        self._eos, self._mask = special.eos, tokenizer.id_to_token(special.mask)
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True
 
     def __call__(self, row: dict[str, Any]) -> Example:
-        text = row.get(self._field)
+        prompt = self._start
+        if self._prompt_field:
+            prompt = [*prompt, *self._encode(row, self._prompt_field)]
+        ids = [*self._encode(row, self._field), self._eos]
+        return _learned_after(np.asarray([*prompt, *ids], np.int32), len(prompt))
+
+    def _encode(self, row: dict[str, Any], field: str) -> list[int]:
+        text = row.get(field)
         if not isinstance(text, str):
-            raise BadRow("wrong_type", f"{self._field}={_short(text)} is no text")
+            raise BadRow("wrong_type", f"{field}={_short(text)} is no text")
         if not text.strip():
-            raise BadRow("empty", f"{self._field} is empty")
+            raise BadRow("empty", f"{field} is empty")
         if self._mask and self._mask in text:
-            raise BadRow("mask_token", f"{self._field} holds {self._mask!r}")
-        ids = encode_text(self._tokenizer, text)
-        start = [] if self._bos is None else [self._bos]
-        tokens = np.asarray([*start, *ids, self._eos], np.int32)
-        weights = np.ones(len(tokens), np.float32)
-        weights[: len(start)] = 0
-        return Example(tokens, weights)
+            raise BadRow("mask_token", f"{field} holds {self._mask!r}")
+        return encode_text(self._tokenizer, text)
+
+
+def _learned_after(tokens: np.ndarray, prompt: int) -> Example:
+    return Example(tokens, (np.arange(len(tokens)) >= prompt).astype(np.float32))
 
 
 class TokenRows:
-    """Ids as they are, under `field`; optional "loss_mask": numbers from 0, one a token."""
+    """Ids as they are; optional "loss_mask": numbers from 0, one for each id of `field`. Without
+    one, all of them are supervised but bos."""
 
-    def __init__(self, field: str, vocab_size: int, special: SpecialTokens):
-        self._field, self._vocab_size, self._mask = field, vocab_size, special.mask
-        self._bos = special.bos
+    def __init__(self, options: EncodeOptions, vocab_size: int, special: SpecialTokens):
+        self._field, self._prompt_field = options.field or "tokens", options.prompt_field
+        self._vocab_size, self._mask, self._bos = vocab_size, special.mask, special.bos
 
     def __call__(self, row: dict[str, Any]) -> Example:
-        ids = _numbers(row.get(self._field), self._field)
+        ids = self._ids(row, self._field)
+        weights = self._weights(row, ids)
+        if self._prompt_field:
+            prompt = self._ids(row, self._prompt_field)
+            ids = np.concatenate([prompt, ids])
+            weights = np.concatenate([np.zeros(len(prompt), np.float32), weights])
+        return Example(ids, weights)
+
+    def _ids(self, row: dict[str, Any], field: str) -> np.ndarray:
+        ids = _numbers(row.get(field), field)
         if not len(ids):
-            raise BadRow("empty", f"{self._field} is empty")
+            raise BadRow("empty", f"{field} is empty")
         if ids.dtype.kind not in "iu":
-            raise BadRow("wrong_type", f"{self._field} holds numbers that are no integers")
+            raise BadRow("wrong_type", f"{field} holds numbers that are no integers")
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise BadRow("id_out_of_range", f"id {wrong}, vocabulary of {self._vocab_size}")
         if (ids == self._mask).any():
-            raise BadRow("mask_token", f"{self._field} holds the mask's id {self._mask}")
-        return Example(ids.astype(np.int32), self._weights(row, ids))
+            raise BadRow("mask_token", f"{field} holds the mask's id {self._mask}")
+        return ids.astype(np.int32)
 
     def _weights(self, row: dict[str, Any], ids: np.ndarray) -> np.ndarray:
         if row.get("loss_mask") is None:

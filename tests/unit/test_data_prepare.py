@@ -193,17 +193,29 @@ def test_seqio_tasks_and_mixtures(tmp_path):
     tensorflow = importlib.import_module("tensorflow")
 
     def rows(split, shuffle_files, seed=None):
-        return tensorflow.data.Dataset.from_tensor_slices({"targets": texts(20)})
+        return tensorflow.data.Dataset.from_tensor_slices(
+            {"inputs": ["?"] * 20, "targets": texts(20)}
+        )
 
-    source = seqio.FunctionDataSource(rows, splits=["train"])
+    feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
     for name in ("llada2_a", "llada2_b"):
-        seqio.TaskRegistry.add(name, source=source, preprocessors=[], output_features={})
+        seqio.TaskRegistry.add(
+            name,
+            source=seqio.FunctionDataSource(rows, splits=["train"]),
+            preprocessors=[seqio.preprocessors.tokenize],
+            output_features={"inputs": feature, "targets": feature},
+        )
     seqio.MixtureRegistry.add("llada2_mixture", [("llada2_a", 1), ("llada2_b", 3)])
+    wanted = [[ord("?") + 3, *(b + 3 for b in t.encode())] for t in texts(20)]
     for name, times in (("llada2_a", 1), ("llada2_mixture", 2)):
-        wanted = job(f":{name}", source={"format": "seqio"}, field="targets")
-        prepare(wanted, tmp_path / name, processes=1)
-        assert sorted(t for t, _ in documents_of(tmp_path / name)) == sorted(texts(20) * times)
-        prepare(wanted, tmp_path / "again" / name, processes=1)
+        options = {"content": "tokens", "field": "targets", "prompt_field": "inputs"}
+        task = job(f":{name}", source={"format": "seqio"}, validation=0.0, **options)
+        prepare(task, tmp_path / name, processes=1)
+        documents = PreparedDocuments(tmp_path / name, "train")
+        found = [documents.read(i, 0, int(n)) for i, n in enumerate(documents.lengths)]
+        assert sorted(t.tolist() for t, _ in found) == sorted(wanted * times)
+        assert all(w.tolist() == [0.0] + [1.0] * (len(w) - 1) for _, w in found)
+        prepare(task, tmp_path / "again" / name, processes=1)
         assert contents(tmp_path / "again" / name) == contents(tmp_path / name)
 
 
@@ -381,6 +393,20 @@ def test_rows_of_ids_are_taken_as_they_are(tmp_path):
     got = [tuple(x.tolist() for x in documents.read(i, 0, n)) for i, n in ((0, 4), (1, 3))]
     assert got == [([2, 7, 296, 1], [0, 1, 1, 1]), ([9, 8, 7], [0, 0.5, 1])]
     assert documents.first_supervised.tolist() == [1, 1]
+
+
+def test_prompts_stand_before_and_are_not_learned(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "alpha?", "answer": "beta"}])
+    task = job(path, field="answer", prompt_field="question", validation=0.0)
+    prepare(task, tmp_path / "out", processes=1)
+    documents = PreparedDocuments(tmp_path / "out", "train")
+    tokens, weights = documents.read(0, 0, int(documents.lengths[0]))
+    assert TOKENIZER.decode(tokens[weights == 0].tolist()) == "alpha?"
+    assert TOKENIZER.decode(tokens[weights == 1].tolist()) == "beta"
+    assert tokens[0] == SPECIAL.bos and weights[-1] == 1 and weights[0] == 0
+    missing = job(path, field="answer", prompt_field="prompt")
+    with pytest.raises(PrepareError, match="1 wrong_type"):
+        prepare(missing, tmp_path / "missing", processes=1)
 
 
 # ------------------------------------------------------------------------------- reading back
