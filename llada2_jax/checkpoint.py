@@ -103,7 +103,7 @@ class ModelBundle:
                 f"model item: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
                 "use the release that wrote it, or convert the checkpoint again"
             )
-        config = dict(_get(model, "config"))
+        config = dict(_mapping(model, "config"))
         if config.get("rope_scaling") is not None:
             config["rope_scaling"] = _dataclass(
                 RopeScaling, config["rope_scaling"], "config.rope_scaling"
@@ -111,22 +111,28 @@ class ModelBundle:
         return cls(
             config=_dataclass(ModelConfig, config, "config"),
             params=params,
-            special=_dataclass(SpecialTokens, _get(model, "special_tokens"), "special_tokens"),
+            special=_dataclass(SpecialTokens, _mapping(model, "special_tokens"), "special_tokens"),
             tokenizer_files=dict(tokenizer),
-            generation=dict(model.get("generation", {})),
-            hf_config=dict(model.get("hf_config", {})),
-            hf_dtypes=dict(model.get("hf_dtypes", {})),
-            provenance=dict(model.get("provenance", {})),
+            **{
+                name: dict(_mapping(model, name, {}))
+                for name in ("generation", "hf_config", "hf_dtypes", "provenance")
+            },
         )
 
 
-def _get(item: Mapping[str, Any], field: str) -> Any:
-    if field not in item:
-        raise CheckpointError(f"model item: the field {field!r} is missing; convert it again")
-    return item[field]
+def _mapping(
+    item: Mapping[str, Any], field: str, default: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    value = item.get(field, default)
+    if not isinstance(value, Mapping):
+        problem = "missing" if field not in item else f"{value!r}, not an object"
+        raise CheckpointError(f"model item: the field {field!r} is {problem}; convert it again")
+    return value
 
 
 def _dataclass(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"model item: {where} is {values!r}, not an object")
     known = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -255,8 +261,23 @@ class ParamReader:
     """
 
     def __init__(self, folder: Path, cache_bytes: int | None = None):
-        self.folder = folder = Path(folder).absolute()
-        metadata = _read_json(folder / "_METADATA")
+        self.folder = Path(folder).absolute()
+        metadata = _read_json(self.folder / "_METADATA")
+        try:
+            self._arrays = self._open(metadata, cache_bytes)
+            self.specs = {
+                path: ArraySpec(tuple(array.shape), np.dtype(array.dtype.numpy_dtype))
+                for path, array in self._arrays.items()
+            }
+        except CheckpointError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, MemoryError) as error:
+            raise CheckpointError(
+                f"{self.folder}/_METADATA is not Orbax's, or damaged: {error!r}"
+            ) from None
+
+    def _open(self, metadata: Mapping[str, Any], cache_bytes: int | None) -> dict[str, Any]:
+        folder = self.folder
         ocdbt = metadata.get("use_ocdbt", False)
         zarr = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
         limit = CACHE_BYTES if cache_bytes is None else cache_bytes
@@ -274,11 +295,7 @@ class ParamReader:
             pending["/".join(path)] = ts.open(
                 ts.Spec(spec), read=True, context=context, recheck_cached=False
             )
-        self._arrays = {path: _wait(pending[path], folder, path) for path in sorted(pending)}
-        self.specs = {
-            path: ArraySpec(tuple(array.shape), np.dtype(array.dtype.numpy_dtype))
-            for path, array in self._arrays.items()
-        }
+        return {path: _wait(pending[path], folder, path) for path in sorted(pending)}
 
     def read(self, path: str, index: tuple[slice | int, ...] = ()) -> np.ndarray:
         """A slice of a parameter. Raises CheckpointError that names it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import types
 import typing
 from pathlib import Path
@@ -334,14 +335,20 @@ def _convert(hint, value, where: str):
         return _build(hint, value, where)
     origin = typing.get_origin(hint)
     if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise ConfigError(f"{where}={value!r} must be a tuple")
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict and not isinstance(value, dict):
+        raise ConfigError(f"{where}={value!r} must be a group of fields")
     if origin in (typing.Union, types.UnionType) or origin is dict:
         return value
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint is float and type(value) is int and abs(value) <= 2**53:
+        value = float(value)
     if type(value) is not hint:
         raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{where}={value!r} must be finite")
     return value
 
 
@@ -379,6 +386,22 @@ _POSITIVE = (
 )
 
 
+_NOT_NEGATIVE = (
+    "schedule.ar_tokens",
+    "schedule.warmup_tokens",
+    "schedule.stable_tokens",
+    "schedule.decay_tokens",
+    "schedule.total_tokens",
+    "eval.every_tokens",
+    "eval.rate_buckets",
+    "checkpoint.every_tokens",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every_tokens",
+    "checkpoint.retry_seconds",
+    "spikes.max_rollbacks",
+)
+
+
 def _get(cfg: TrainConfig, path: str) -> Any:
     value = cfg
     for name in path.split("."):
@@ -398,6 +421,9 @@ def _check(cfg: TrainConfig) -> None:
     for path in _POSITIVE:
         value = _get(cfg, path)
         _require(value > 0, f"config.{path}={value!r} must be positive")
+    for path in _NOT_NEGATIVE:
+        value = _get(cfg, path)
+        _require(value >= 0, f"config.{path}={value!r} must not be negative")
     _require(bool(cfg.workdir), "config.workdir is empty: say where the run's files go")
     _require(bool(cfg.phases), "config.schedule has no stage with tokens: nothing to train")
     _require(

@@ -121,13 +121,21 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 
 def _candidate(path: Path, metric: str) -> Candidate:
     item = checkpoint.read_train_item(path)
-    group: Any = item.get("metrics") or {}
+    group = item.get("metrics")
     *parents, name = metric.split(".")
     for key in parents:
-        group = group.get(key) or {}
-    value = group.get(name)
+        group = group.get(key) if isinstance(group, dict) else None
+    measured = group if isinstance(group, dict) else {}
+    value = measured.get(name)
     number = float(value) if isinstance(value, int | float) else None
-    return Candidate(path, int(item.get("step", 0)), number, group.get("kind"))
+    return Candidate(path, _step(path, item), number, measured.get("kind"))
+
+
+def _step(path: Path, train_item: dict[str, Any]) -> int:
+    step = train_item.get("step")
+    if type(step) is not int:
+        raise CheckpointError(f"{path}: the train item's step is {step!r}, not a number of steps")
+    return step
 
 
 def _reason(candidate: Candidate, metric: str) -> str:
@@ -365,7 +373,7 @@ def _run(args: argparse.Namespace) -> None:
         chosen, provenance = _report(selection)
     weights = args.weights
     if args.average != "mean":
-        chosen = sorted(chosen, key=lambda p: int(checkpoint.read_train_item(p)["step"]))
+        chosen = sorted(chosen, key=lambda path: _step(path, checkpoint.read_train_item(path)))
         weights = average_weights(args.average, len(chosen), args.ema_decay)
         provenance["average"] = args.average
     merge_checkpoints(

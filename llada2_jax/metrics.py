@@ -104,17 +104,20 @@ class MetricLogger:
 
     def advance(self, steps: int, phase: str, **shown: float) -> None:
         """Moves the bar on and shows the phase and a few figures beside tokens/s and time left."""
-        self._bar.set_description_str(phase, refresh=False)
-        self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
-        self._bar.update(steps * self._tokens_per_step)
+        with contextlib.suppress(OSError):  # of a terminal that is a file on a full disk
+            self._bar.set_description_str(phase, refresh=False)
+            self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+            self._bar.update(steps * self._tokens_per_step)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         if not self._bar.disable:
-            self._bar.write(text)
+            with contextlib.suppress(OSError):
+                self._bar.write(text)
 
     def close(self) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
         for view in self._views:
             view.close()
         if self._lines is not None:

@@ -34,6 +34,7 @@ from llada2_jax.hub.huggingface import read_tokenizer_files
 from llada2_jax.metrics import MetricLogger
 from llada2_jax.model import init_params
 from llada2_jax.model.mask_embedding import mask_row
+from llada2_jax.objectives import OBJECTIVES
 from llada2_jax.objectives import Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
 from llada2_jax.retry import with_retries
@@ -178,6 +179,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         if corpus is None:
             tokenizer = Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
             corpus = load_corpus(cfg.data, tokenizer, bundle.special)
+        _check_readable(corpus)
         validation = corpus.validation_batches(cfg.data, cfg.eval.rows, rows)
     except ValueError as error:  # a source that is not there, or too few rows to validate on
         raise ConfigError(f"config: {error}") from error
@@ -207,6 +209,19 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         logger.say(f"resuming {workdir} after step {first_step} of {cfg.total_steps}")
     bundle = dataclasses.replace(bundle, params=None)
     return Run(cfg, bundle, corpus, validation, checkpoints, logger, state), first_step
+
+
+def _check_readable(corpus: Corpus) -> None:
+    """Weights of messages and preference pairs are for objectives that read them; those of this
+    loop would take no notice."""
+    for source in corpus.sources:
+        what = ["loss weights other than 0 and 1"] * source.train.weighted
+        what += ["preference pairs"] * source.train.paired
+        if what:
+            raise ConfigError(
+                f"config.data.sources: {source.name} holds {' and '.join(what)}, which "
+                f"{', '.join(OBJECTIVES)} do not read: prepare it without"
+            )
 
 
 def _record_config(workdir: Path, cfg: TrainConfig) -> None:
@@ -343,9 +358,9 @@ def _log(run: Run, pending: _Pending) -> tuple[str, str, int] | None:
     worst = max(f["skipped_in_a_row"] for f in fetched)
     if worst >= cfg.optimizer.max_consecutive_skips:
         raise TrainingStopped(
-            f"the loss or gradient was not finite, or spiked, in {worst:.0f} steps in a row (step "
-            f"{step}, phase {phase.name}): parameters are as before the first "
-            "of them; lower optimizer.learning_rate, or look at the data of these steps"
+            f"{worst:.0f} steps in a row were skipped, as their loss or gradient was not finite or "
+            f"spiked (step {step}, phase {phase.name}): parameters are as before the first of "
+            "them; lower optimizer.learning_rate, or look at the data of these steps"
         )
     return called_for
 
@@ -501,5 +516,6 @@ examples:
   llada2 train --config=configs/tiny_wsd.py --config.schedule.stable_tokens=2000000
   llada2 train --config=configs/tiny_wsd.py --workdir=runs/seed1 --config.seed=1
 
-Exit status: 0, or 1 with the reason.
+Exit status: 0; 75 after SIGTERM or a notice of preemption, when what was reached is saved and the
+same command goes on; or 1 with the reason.
 """

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import shutil
 import threading
@@ -59,9 +60,9 @@ class Retention:
         kept = set(steps[-self.last :])
         kinds: dict[str, list[tuple[float, int]]] = {}
         for step in steps:
-            if "bits_per_byte" in scores[step]:
-                kind, value = scores[step]["kind"], scores[step]["bits_per_byte"]
-                kinds.setdefault(kind, []).append((value, step))
+            value = scores[step].get("bits_per_byte")
+            if isinstance(value, float) and math.isfinite(value):
+                kinds.setdefault(str(scores[step].get("kind")), []).append((value, step))
         for ranked in kinds.values():
             kept |= {step for _, step in sorted(ranked)[: self.best]}
         if self.every:
@@ -205,10 +206,9 @@ class TrainCheckpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _read_scores(self, step: int) -> Mapping[str, Any]:
-        with contextlib.suppress(CheckpointError, OSError):
+        with contextlib.suppress(CheckpointError, OSError, KeyError, TypeError):
             train = checkpoint.read_train_item(self.folder / str(step))
-            scores = (train.get("metrics") or {}).get("validation") or {}
-            return scores if isinstance(scores, dict) else {}
+            return train["metrics"]["validation"] or {}
         return {}
 
     # ---- restoring -------------------------------------------------------------------------------

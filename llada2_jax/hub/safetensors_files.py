@@ -106,9 +106,17 @@ class TensorFolder:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     try:
-        return json.loads((folder / INDEX).read_text())["weight_map"]
-    except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / INDEX}: no usable weight_map: {error!r}") from None
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise CheckpointError(f"{folder / INDEX}: weight_map must name a file for each tensor")
+    return weight_map
+
+
+def _is_file_name(value: Any) -> bool:
+    """A file of the folder itself: an index must not make us read elsewhere."""
+    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & {"/", "\0"}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -133,8 +141,10 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             raise CheckpointError(f"{file}: truncated in its header, or no safetensors file")
         try:
             header = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+        except (ValueError, RecursionError):
             raise CheckpointError(f"{file}: its header is no JSON: not safetensors") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: its header is no JSON object: not safetensors")
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
@@ -145,8 +155,11 @@ def _read_header(file: Path) -> dict[str, _Entry]:
 def _entry(file: Path, name: str, info: dict[str, Any], *, data_start: int, size: int) -> _Entry:
     try:
         code, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        valid = isinstance(code, str) and all(map(_is_size, (*shape, start, end))) and start <= end
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: the header's entry of {name} is malformed") from None
+        valid = False
+    if not valid:
+        raise CheckpointError(f"{file}: the header's entry of {name} is malformed")
     if data_start + end > size:
         raise CheckpointError(
             f"{file}: truncated: tensor {name} ends at byte {data_start + end}, the file at {size}"
@@ -154,6 +167,10 @@ def _entry(file: Path, name: str, info: dict[str, Any], *, data_start: int, size
     if code in _ITEM_BYTES and end - start != math.prod(shape) * _ITEM_BYTES[code]:
         raise CheckpointError(f"{file}: tensor {name}: {end - start} bytes for {code} {shape}")
     return _Entry(file, data_start + start, shape, code)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""What a run does about preemption, spikes and full disks, in one process; tests/torture does it to
+many, at random."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from llada2_jax import retry
+from llada2_jax import train as train_module
+from llada2_jax.checkpoint import read_checksums, read_train_item
+from llada2_jax.config import SpikeConfig
+from llada2_jax.metrics import read_metrics
+from llada2_jax.preemption import RESTART, Preempted
+from llada2_jax.run_folder import read_starts
+from llada2_jax.train import TrainingStopped, train
+from tests.torture import life
+
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    life.prepare(folder)
+    return folder
+
+
+def config(folder, workdir, **spikes):
+    """Checkpoints after 4, 8 and 12 steps and at the end; metrics are fetched every other step."""
+    cfg = life.make_config(folder, workdir)
+    tokens = STEPS * cfg.tokens_per_step
+    schedule = dataclasses.replace(cfg.schedule, decay_tokens=tokens)
+    return dataclasses.replace(cfg, schedule=schedule, spikes=SpikeConfig(**spikes))
+
+
+def saved_steps(workdir) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def at_step(monkeypatch, number: int, action) -> None:
+    """Calls action() when the step `number` (from 1) is about to be taken."""
+    original = train_module.make_context
+
+    steps = itertools.count(1)
+
+    def make_context(cfg, *args, sigma, **options):
+        sigma = action(sigma) if next(steps) == number else sigma
+        return original(cfg, *args, sigma=sigma, **options)
+
+    monkeypatch.setattr(train_module, "make_context", make_context)
+
+
+def test_sigterm_saves_at_once_and_asks_to_be_started_again(folder, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    at_step(monkeypatch, 7, lambda sigma: os.kill(os.getpid(), signal.SIGTERM) or sigma)
+    with pytest.raises(Preempted) as stop:
+        train(config(folder, tmp_path))
+    assert stop.value.code == RESTART
+    (last,) = [s for s in saved_steps(tmp_path) if s % 4]
+    assert last >= 7 and f"step {last} of {STEPS} is saved" in stop.value.message
+    item = read_train_item(tmp_path / f"checkpoints/{last}")
+    assert item["metrics"] == {} and item["data"] == {"next_row": last * life.ROWS}
+    assert signal.getsignal(signal.SIGTERM) == handler
+    monkeypatch.undo()
+    train(config(folder, tmp_path))
+    assert [m["step"] for m in read_metrics(tmp_path, "train")] == list(range(1, STEPS + 1))
+    assert [start["step"] for start in read_starts(tmp_path)] == [0, last]
+    assert read_starts(tmp_path)[0]["data"]
+
+
+# Noise of infinite strength on the mask's embedding makes a step's loss NaN.
+def spoil(sigma: float) -> float:
+    return float("inf")
+
+
+def test_a_rollback_goes_back_and_skips_the_range(folder, tmp_path, monkeypatch):
+    at_step(monkeypatch, 9, spoil)
+    train(config(folder, tmp_path, non_finite="rollback"))
+    lines = read_metrics(tmp_path)
+    assert [x["step"] for x in lines if x["kind"] == "train"] == [*range(1, 9), *range(11, 15)]
+    (event,) = [x for x in lines if x["kind"] == "rollback"]
+    assert (event["step"], event["restored_step"], event["spike_step"]) == (10, 8, 9)
+    assert lines[-2]["skipped"] == 2 and np.isfinite(lines[-2]["loss"])
+    assert 10 in saved_steps(tmp_path)  # so that a restart does not repeat it
+    before, after = (read_checksums(tmp_path / f"checkpoints/{s}") for s in (8, 10))
+    params = [name for name in before if name.startswith("params/")]
+    assert params and all(before[name] == after[name] for name in params)
+    # The rows of the steps skipped are not taken later on, and the learning rate goes by the step.
+    undisturbed = tmp_path / "undisturbed"
+    monkeypatch.undo()
+    train(config(folder, undisturbed))
+    wanted = {x["step"]: x for x in read_metrics(undisturbed, "train")}
+    for x in lines:
+        if x["kind"] == "train":
+            same = ("data_checksum", "learning_rate", *(["loss"] if x["step"] < 9 else []))
+            assert {k: x[k] for k in same} == {k: wanted[x["step"]][k] for k in same}
+
+
+@pytest.mark.parametrize(
+    ("spikes", "number", "message"),
+    [
+        ({"non_finite": "stop"}, 6, r"spikes\.non_finite='stop' was called for by step 6"),
+        ({"non_finite": "rollback"}, 2, r"no checkpoint before it to go back to"),
+        ({"non_finite": "rollback", "max_rollbacks": 0}, 6, r"spikes\.max_rollbacks=0 times"),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_so(folder, tmp_path, monkeypatch, spikes, number, message):
+    at_step(monkeypatch, number, spoil)
+    with pytest.raises(TrainingStopped, match=message):
+        train(config(folder, tmp_path, **spikes))
+    assert all(step < number for step in saved_steps(tmp_path))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder]).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_waited_for(folder, disk, monkeypatch):
+    ballast, pauses, sleep = disk / "ballast", [], time.sleep
+
+    def fill(sigma):
+        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 16))
+        return sigma
+
+    def free_after_two(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            ballast.unlink()
+        sleep(seconds)
+
+    at_step(monkeypatch, 6, fill)
+    monkeypatch.setattr(retry.time, "sleep", free_after_two)
+    train(config(folder, disk / "run"))
+    assert len(pauses) >= 2
+    assert [m["step"] for m in read_metrics(disk / "run", "train")] == [*range(1, STEPS + 1)]
+    monkeypatch.undo()
+    train(config(folder, disk / "run"))  # all there: restored, verified, and nothing left to do
+    assert saved_steps(disk / "run")[-1] == STEPS and not (disk / "run/damaged").exists()

@@ -1,0 +1,95 @@
+"""One life of the tortured run: a process that trains until it is done, or until it is killed.
+
+The fork server imports this module once, and every life is a fork of it: a new process with its
+own device, compiled functions and files, that skips only the imports.
+"""
+
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llada2_jax import train as train_module
+from llada2_jax.checkpoint import ModelBundle, save_model
+from llada2_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    InitConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from llada2_jax.model import init_params
+from llada2_jax.types import SpecialTokens
+from tests.helpers import config as tiny
+from tests.tiny_run import VOCAB, write_corpus
+
+STEPS, SAVE_EVERY, ROW, ROWS = 60, 4, 32, 2
+SPECIAL = SpecialTokens(mask=0, eos=1, pad=1, bos=2)
+
+
+def prepare(folder: Path) -> None:
+    """What all lives share: the corpus, and a model to start from."""
+    write_corpus(folder)
+    files = {p.name: p.read_text() for p in (folder / "tokenizer").iterdir()}
+    config = tiny(vocab_size=VOCAB, initializer_range=0.02)
+    bundle = ModelBundle(config, init_params(config, 0), SPECIAL, tokenizer_files=files)
+    save_model(folder / "parent", bundle)
+
+
+def make_config(folder: Path, workdir: Path) -> TrainConfig:
+    """Block diffusion on two rows a step; metrics are fetched every other step."""
+    step = ROW * ROWS
+    return TrainConfig(
+        workdir=str(workdir),
+        init=InitConfig(checkpoint=str(folder / "parent")),
+        data=DataConfig(source=str(folder / "corpus"), row_length=ROW, rows_per_step=ROWS),
+        schedule=ScheduleConfig(decay_blocks=(4,), decay_tokens=STEPS * step),
+        optimizer=OptimizerConfig(expert_bias_rate=0.01),
+        eval=EvalConfig(rows=2, rate_buckets=0),
+        checkpoint=CheckpointConfig(
+            every_tokens=SAVE_EVERY * step, keep_last=3, keep_best=1, retry_seconds=60.0
+        ),
+        runtime=RuntimeConfig(dtype="float32", attention_backend="xla"),
+        log_every=2,
+    )
+
+
+def live(folder: Path, workdir: Path, seen: Connection) -> None:
+    """Trains in this process, and sends each step with its documents to `seen`: a pipe, which
+    takes them even while the disk does not."""
+    log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not (folder / "parent").exists():
+        prepare(folder)
+    train_module.make_train_step = _recording(train_module.make_train_step, seen)
+    train_module.train(make_config(folder, workdir))
+
+
+def _recording(make_train_step, seen: Connection):
+    """make_train_step, whose steps tell what tokens they take of each (document, visit)."""
+
+    def make(*args):
+        step = make_train_step(*args)
+
+        def recorded(state, batch, context):
+            pairs = np.stack([batch.document_ids, batch.visits], -1).reshape(-1, 2)
+            unique, counts = np.unique(pairs, axis=0, return_counts=True)
+            seen.send(
+                (
+                    int(state.step) + 1,
+                    [(*p, c) for p, c in zip(unique.tolist(), counts.tolist(), strict=True)],
+                )
+            )
+            return step(state, batch, context)
+
+        return recorded
+
+    return make
