@@ -26,6 +26,7 @@ WARPGROUPS = 2  # that compute
 ROWS = 64  # of a matrix product, for each of them
 COPY_REGISTERS = 40  # leaves the computing warpgroups 232 a thread
 STAGES = 2
+PROGRAMS = 4 * 128  # for each multiprocessor (132) several, of which half are long
 
 NEVER = -1e30  # finite, so that a row without keys has no NaN on the way to its zeros
 LOG2_E = math.log2(math.e)
@@ -202,20 +203,26 @@ def query_gradient(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, inter
 def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interpret):
     """dk and dv, like k and v. `ranges` are those of query tiles for each key tile."""
     batch, keys, kv_heads, head_dim = k.shape
-    group = q.shape[2] // kv_heads
     query_tile, key_tile = tile
+    group = q.shape[2] // kv_heads
+    parts = _parts(batch * kv_heads * (keys // key_tile), group)
+    members = group // parts
+    partial = jax.ShapeDtypeStruct(
+        (batch, keys, kv_heads * parts, head_dim), k.dtype if parts == 1 else jnp.float32
+    )
 
     def block_attention_key_gradients(
         q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, starts_ref, ends_ref, ranges_ref,
-        dk_ref, dv_ref, k_smem, v_smem, loaded,
+        dk_ref, dv_ref, k_smem, v_smem, out_smem, loaded,
     ):  # fmt: skip
-        row, number, kv_head, wg = map(lax.axis_index, ("rows", "tiles", "heads", "warpgroup"))
+        row, number, part, wg = map(lax.axis_index, ("rows", "tiles", "heads", "warpgroup"))
         tiles, whole = _tiles(ranges_ref, row, number)
         own = pl.ds(number * key_tile + wg * ROWS, ROWS)
-        k_smem, v_smem, loaded = k_smem.at[wg], v_smem.at[wg], loaded.at[wg]
+        k_smem, v_smem, out_smem, loaded = (x.at[wg] for x in (k_smem, v_smem, out_smem, loaded))
         scale = head_dim**-0.5
 
         def compute(pipeline):
+            kv_head = lax.div(part, parts)
             plgpu.copy_gmem_to_smem(k_ref.at[row, own, kv_head], k_smem, loaded)
             plgpu.copy_gmem_to_smem(v_ref.at[row, own, kv_head], v_smem, loaded)
             plgpu.barrier_wait(loaded)
@@ -226,12 +233,11 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
 
             acc = plgpu.ACC((ROWS, head_dim), jnp.float32)
             dk, dv = pl.run_scoped(accumulate, acc, acc)
-            k_smem[...] = (dk * scale).astype(k.dtype)
-            v_smem[...] = dv.astype(v.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k_smem, dk_ref.at[row, own, kv_head])
-            plgpu.copy_smem_to_gmem(v_smem, dv_ref.at[row, own, kv_head])
-            plgpu.wait_smem_to_gmem(0)
+            for gradient, ref in (dk * scale, dk_ref), (dv, dv_ref):
+                out_smem[...] = gradient.astype(partial.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_smem, ref.at[row, own, part])
+                plgpu.wait_smem_to_gmem(0)
 
         def visit(
             index, q_smem, do_smem, lse_smem, delta_smem,
@@ -240,14 +246,14 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
             step, _ = index
             dk, dv = carry
             shape = ROWS, query_tile
-            lse, delta = (plgpu.load(x, layout=COLUMN) for x in (lse_smem, delta_smem))
-            plgpu.barrier_arrive(lse_free)
-            plgpu.barrier_arrive(delta_free)
             score = _product(k_smem, q_smem.T, shape)
+            lse = plgpu.load(lse_smem, layout=COLUMN)
+            plgpu.barrier_arrive(lse_free)
             weight = jnp.exp2(score * (scale * LOG2_E) - _columns(lse, shape))
 
             def masked():
-                run, query = schedule.walk(tiles, step)
+                # The bounds are read again: kept from before, they would not fit the registers.
+                run, query = schedule.walk(_tiles(ranges_ref, row, number)[0], step)
                 at = row, run, pl.ds(query * query_tile, query_tile)
                 start, end = (
                     _columns(plgpu.load(x.at[at], layout=COLUMN, optimized=False), shape)
@@ -264,6 +270,8 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
                 return plgpu.wgmma_accumulator_load(acc, wait_n=1)
 
             d_weight = pl.run_scoped(add_dv, plgpu.ACC(shape, jnp.float32))
+            delta = plgpu.load(delta_smem, layout=COLUMN)  # no earlier: registers are short
+            plgpu.barrier_arrive(delta_free)
             d_score = (weight * (d_weight - _columns(delta, shape))).astype(q.dtype)
             plgpu.wgmma(dk, d_score, q_smem)
             plgpu.wgmma_wait(1)
@@ -273,21 +281,33 @@ def key_gradients(q, k, v, do, lse, delta, starts, ends, ranges, *, tile, interp
             return dk, dv
 
         def at(step, member):
-            return schedule.walk(tiles, step)[1], kv_head * group + member
+            return schedule.walk(tiles, step)[1], part * members + member
 
         block = query_tile, None, head_dim
         per_query = _spec(block, q.dtype, lambda i, member: (*at(i, member), 0))
         per_row = plgpu.BlockSpec((None, query_tile), lambda i, member: at(i, member)[::-1])
-        grid = schedule.steps(tiles), group
+        grid = schedule.steps(tiles), members
         _pipeline(visit, compute, grid, [per_query, per_query, per_row, per_row])(
             *(x.at[row] for x in (q_ref, do_ref, lse_ref, delta_ref))
         )
 
-    smem = _smem((WARPGROUPS, ROWS, head_dim), k.dtype)
-    scratch = [smem, smem, plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)]
-    grid = kv_heads, keys // key_tile, batch
-    call = _launch(block_attention_key_gradients, (_like(k), _like(v)), scratch, grid, interpret)
-    return call(q, k, v, do, lse, delta, starts, ends, ranges)
+    shape = WARPGROUPS, ROWS, head_dim
+    smem, out_smem = _smem(shape, k.dtype), _smem(shape, partial.dtype)
+    scratch = [smem, smem, out_smem, plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)]
+    grid = kv_heads * parts, keys // key_tile, batch
+    call = _launch(block_attention_key_gradients, (partial, partial), scratch, grid, interpret)
+    gradients = call(q, k, v, do, lse, delta, starts, ends, ranges)
+    if parts == 1:
+        return gradients
+    of_parts = batch, keys, kv_heads, parts, head_dim
+    return tuple(x.reshape(of_parts).sum(3).astype(k.dtype) for x in gradients)
+
+
+def _parts(programs: int, group: int) -> int:
+    """Into how many parts a group is cut: programs differ in length, and few of them, one to a
+    multiprocessor, would all wait for the longest."""
+    divisors = [n for n in range(1, group + 1) if group % n == 0]
+    return next((n for n in divisors if programs * n >= PROGRAMS), group)
 
 
 def _launch(kernel, out_type, scratch_types, grid, interpret):
