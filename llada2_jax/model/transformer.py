@@ -124,9 +124,17 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits."""
-        kernel = self.embedding[...].T if self.cfg.tie_word_embeddings else self.head[...]
-        kernel = kernel.astype(hidden.dtype)
+        kernel, vocab_axis = self.output_weights
+        kernel = jnp.moveaxis(kernel, vocab_axis, 1).astype(hidden.dtype)
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+    @property
+    def output_weights(self) -> tuple[Float[Array, "..."], int]:
+        """The head's weights, and which of their axes is the vocabulary. A loss takes them with
+        the hidden states (pallas_kernels.vocab_loss) instead of logits of all tokens."""
+        if self.cfg.tie_word_embeddings:
+            return self.embedding[...], 0
+        return self.head[...], 1
 
     def _stacks(self) -> list[tuple[Layer, int]]:
         stacks = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from llada2_jax.model import Transformer
-from llada2_jax.objectives.base import Context, LossOutput, cross_entropy, weighted
-from llada2_jax.types import Batch
+from llada2_jax.objectives.base import Context, LossOutput, prediction_metrics, weighted_nll
+from llada2_jax.types import Batch, WeightedSum
 from pallas_kernels.block_layout import CLEAN, block_index, half_layout
 
 
@@ -15,15 +15,15 @@ def ar_objective(model: Transformer, batch: Batch, context: Context) -> LossOutp
     block = block_index(batch.positions, 1, context.block_anchor)
     layout = half_layout(block, batch.segment_ids, CLEAN)
     output = model(batch.tokens, batch.positions, layout)
-    logits = model.logits(output.hidden[:, :-1])
-    targets = batch.tokens[:, 1:]
-    follows = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & batch.loss_mask[:, 1:]
-    scored = follows & (batch.segment_ids[:, 1:] > 0)
-    nll = jnp.where(scored, cross_entropy(logits, targets), 0.0)
-    correct = logits.argmax(-1) == targets
+    follows = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
+    scored = follows & batch.loss_mask[:, 1:] & (batch.segment_ids[:, 1:] > 0)
+    scored = jnp.pad(scored, ((0, 0), (0, 1)))  # by predecessor: a row's last token has no target
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+    weights = scored.astype(jnp.float32)
+    total, stats = weighted_nll(model, output.hidden, targets, weights)
     return LossOutput(
-        loss=weighted(nll, scored),
-        nll=jnp.pad(nll, ((0, 0), (1, 0))),
-        metrics={"accuracy": weighted(correct, scored)},
+        loss=WeightedSum(total, weights.sum()),
+        nll=jnp.roll(stats.nll, 1, axis=1),
+        metrics=prediction_metrics(stats, scored),
         expert_load=output.expert_load,
     )

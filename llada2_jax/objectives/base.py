@@ -8,12 +8,13 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llada2_jax.config import NoiseConfig
 from llada2_jax.model import Transformer
 from llada2_jax.types import Batch, WeightedSum
 from pallas_kernels.block_layout import HostOrDevice, Scalar
+from pallas_kernels.vocab_loss import TokenStats, vocab_loss
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +55,18 @@ class Objective(Protocol):
     def __call__(self, model: Transformer, batch: Batch, context: Context) -> LossOutput: ...
 
 
+def weighted_nll(
+    model: Transformer,
+    hidden: Float[Array, "B L D"],
+    targets: Int[HostOrDevice, "B L"],
+    weights: Float[Array, "B L"],
+) -> tuple[Float[Array, ""], TokenStats]:
+    """Σ weights · −log p(target) under the model's head, and the statistics of the tokens whose
+    weight is not 0. Logits of all tokens never exist."""
+    head, vocab_axis = model.output_weights
+    return vocab_loss(hidden, head, jnp.asarray(targets), weights, vocab_axis=vocab_axis)
+
+
 def cross_entropy(
     logits: Float[Array, "B L V"], targets: Int[HostOrDevice, "B L"]
 ) -> Float[Array, "B L"]:
@@ -67,3 +80,12 @@ def weighted(values: HostOrDevice, weights: HostOrDevice) -> WeightedSum:
     """Σ values·weights over Σ weights, fp32."""
     values, weights = jnp.asarray(values, jnp.float32), jnp.asarray(weights, jnp.float32)
     return WeightedSum((values * weights).sum(), weights.sum())
+
+
+def prediction_metrics(stats: TokenStats, counted: Bool[Array, "B L"]) -> dict[str, WeightedSum]:
+    """Over the counted tokens: how often the most probable id is right (accuracy), and how
+    probable it is (confidence)."""
+    return {
+        "accuracy": weighted(stats.correct, counted),
+        "confidence": weighted(stats.confidence, counted),
+    }

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 
 from llada2_jax.diffusion import Noised, corrupt, embedding_noise
 from llada2_jax.model import Transformer
-from llada2_jax.objectives.base import Context, LossOutput, cross_entropy, weighted
-from llada2_jax.types import Batch
+from llada2_jax.objectives.base import (
+    Context,
+    LossOutput,
+    prediction_metrics,
+    weighted,
+    weighted_nll,
+)
+from llada2_jax.types import Batch, WeightedSum
 from pallas_kernels.block_layout import NOISY, block_index, both_halves, half_layout
 
 
@@ -41,19 +47,18 @@ def _diffusion(model, batch: Batch, context: Context, *, clean_half: bool) -> Lo
     noised = jax.tree.map(lambda *x: jnp.concatenate(x), *members)
     batch, block = jax.tree.map(lambda x: jnp.tile(x, (len(members), 1)), (batch, block))
     hidden, load = _forward(model, batch, noised, block, context, clean_half=clean_half)
-    logits = model.logits(hidden)
-    token_nll = cross_entropy(logits, batch.tokens)
     low, high = context.rates
     counted = noised.noise_mask & (noised.rate > low) & (noised.rate <= high)
-    nll = jnp.where(counted, noised.weight * token_nll, 0.0)
+    weights = jnp.where(counted, noised.weight, 0.0)
+    total, stats = weighted_nll(model, hidden, batch.tokens, weights)
+    nll = weights * stats.nll
     supervised = batch.loss_mask & (batch.segment_ids > 0)
-    loss = weighted(jnp.ones_like(nll), supervised)
     return LossOutput(
-        loss=type(loss)(nll.sum(), loss.weight),
+        loss=WeightedSum(total, supervised.sum(dtype=jnp.float32)),
         nll=nll.reshape(len(members), -1, nll.shape[1]).mean(0),
         metrics={
-            "accuracy": weighted(logits.argmax(-1) == batch.tokens, noised.noise_mask),
-            "masked_nll": weighted(token_nll, noised.noise_mask),
+            **prediction_metrics(stats, counted),
+            "masked_nll": weighted(stats.nll, counted),
             "mask_rate": weighted(noised.noise_mask, supervised),
         },
         expert_load=load,

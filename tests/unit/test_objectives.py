@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,16 @@ from llada2_jax.evals.likelihood import left_to_right_nll
 from llada2_jax.model import init_params, merge_params
 from llada2_jax.objectives import OBJECTIVES
 from llada2_jax.objectives.bdlm import _forward
-from llada2_jax.train_step import accumulated, init_state, make_context, make_eval_step
+from llada2_jax.train_step import (
+    accumulated,
+    init_state,
+    make_context,
+    make_eval_step,
+    make_train_step,
+)
 from llada2_jax.types import Batch
 from pallas_kernels.block_layout import block_index
-from tests.helpers import TINY, make_batch
+from tests.helpers import TINY, config, make_batch
 
 MASK, LENGTH = 15, 6
 TOKENS = np.asarray([[3, 1, 4, 1, 5, 9]])
@@ -178,6 +186,20 @@ def test_gradient_does_not_depend_on_accumulation(params, objective):
     ]
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_train_step_holds_no_logits_of_all_tokens(objective):
+    """Every array of the step's program with the vocabulary among its axes is smaller."""
+    cfg = config(vocab_size=41)
+    batch = make_batch(np.zeros((4, 512), int))
+    state = jax.eval_shape(lambda: init_state(TrainConfig(), init_params(cfg, 0)))
+    step = make_train_step(TrainConfig(), cfg, objective)
+    program = step.lower(state, batch, context(4)).as_text()
+    found = re.findall(r"tensor<(\d+(?:x\d+)*)x\w+>", program)
+    shapes = {tuple(map(int, dims.split("x"))) for dims in found}
+    sizes = [math.prod(shape) for shape in shapes if cfg.vocab_size in shape]
+    assert sizes and max(sizes) < batch.tokens.size * cfg.vocab_size / 4
 
 
 def test_rate_buckets_share_out_the_loss(params):
