@@ -99,9 +99,7 @@ def uncached(q, k, v, own, cache: ContiguousCache):
     inside = jnp.arange(CAPACITY) < cache.lengths[:, None]
     committed = half_layout(jnp.full(inside.shape, -1), inside.astype(jnp.int32), CLEAN)
     keys, values = (
-        jnp.concatenate(
-            [jnp.where(inside[..., None, None], cached.swapaxes(1, 2), 0.0), x], axis=1
-        )
+        jnp.concatenate([jnp.where(inside[..., None, None], cached.swapaxes(1, 2), 0.0), x], axis=1)
         for cached, x in ((cache.k, k), (cache.v, v))
     )
     return attend_reference(q, keys, values, own, concatenate([committed, own]))
@@ -141,9 +139,7 @@ def test_one_noisy_block_in_bfloat16(backend, kind):
     q, k, v, own = tokens_under_way(0, present, dtype=jnp.bfloat16)
     cache = contiguous(5, [130, 0, 77], jnp.bfloat16)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    exact = ContiguousCache(
-        cache.k.astype(jnp.float32), cache.v.astype(jnp.float32), cache.lengths
-    )
+    exact = ContiguousCache(cache.k.astype(jnp.float32), cache.v.astype(jnp.float32), cache.lengths)
     expected = uncached(*wide, own, exact)
     got = decode(q, k, v, own, cache if kind == "contiguous" else paged(cache, 1), backend)
     assert got.dtype == jnp.bfloat16

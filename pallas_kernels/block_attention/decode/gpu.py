@@ -70,12 +70,12 @@ def decode_gpu(
     widths = (1, 1, head_dim)
     state = pl.pallas_call(
         functools.partial(_kernel, pool_shape=pool[0].shape),
-        out_shape=Partial(
-            *(jax.ShapeDtypeStruct((splits, *q.shape[:3], width), jnp.float32) for width in widths)
-        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((splits, *q.shape[:3], width), jnp.float32) for width in widths
+        ],
         grid=(splits, tiles, kv_heads, batch),
         in_specs=[query_spec] + [whole] * (6 + len(table)),
-        out_specs=Partial(*(partial_spec(width) for width in widths)),
+        out_specs=[partial_spec(width) for width in widths],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
@@ -89,7 +89,7 @@ def decode_gpu(
         cache.lengths,
         *table,
     )
-    return output(merge(state))[:, :, :rows]
+    return output(merge(Partial(*state)))[:, :, :rows]
 
 
 def _kernel(q_ref, k_ref, v_ref, mask_ref, cache_k, cache_v, lengths, *refs, pool_shape):

@@ -66,9 +66,7 @@ def decode_tpu(
             grid=(kv_heads, plan.steps),
             in_specs=[query_spec, own_spec, own_spec, mask_spec, *cache_specs, *cache_specs],
             out_specs=query_spec,
-            scratch_shapes=[
-                pltpu.VMEM((rows, width), jnp.float32) for width in (1, 1, head_dim)
-            ],
+            scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32) for width in (1, 1, head_dim)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
@@ -102,14 +100,12 @@ def _kernel(row, chunk, left, source, q_ref, k_ref, v_ref, mask_ref, *refs, part
 
     @pl.when(chunk[step] == 0)
     def _():
-        mask = mask_ref[...] != 0
-        group = q.shape[0] // mask.shape[0]
-        mask = jnp.broadcast_to(mask_ref[...][None], (group, *mask.shape))
-        mask = mask.reshape(q.shape[0], -1) != 0
-        update(no_keys(q.shape), k_ref[...], v_ref[...], mask)
+        queries, own = mask_ref.shape
+        group = q.shape[0] // queries
+        mask = jnp.broadcast_to(mask_ref[...][None], (group, queries, own))
+        update(no_keys(q.shape), k_ref[...], v_ref[...], mask.reshape(-1, own) != 0)
 
-    keys = _joined(k_parts)
-    values = _joined(v_parts)
+    keys, values = _joined(k_parts), _joined(v_parts)
     width = keys.shape[0]
 
     @pl.when(left[step] > 0)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.block_attention.decode.cache import Cache, PagedCache
 from pallas_kernels.block_attention.decode.online_softmax import attend, no_keys, output
 
-_CHUNK = 512  # keys a step
+_CHUNK = 128  # keys a step
 
 
 def decode_xla(
@@ -53,12 +53,10 @@ def _chunk(
     start = jnp.minimum(i * width, cache.capacity - width)
     positions = start + jnp.arange(width, dtype=jnp.int32)
     if not isinstance(cache, PagedCache):
-        cut = [jax.lax.dynamic_slice_in_dim(x, start, width, axis=2) for x in (cache.k, cache.v)]
-        return *cut, positions
+        k, v = (jax.lax.dynamic_slice_in_dim(x, start, width, axis=2) for x in (cache.k, cache.v))
+        return k, v, positions
     count = width // cache.page_size
-    pages = jax.lax.dynamic_slice_in_dim(
-        cache.page_table, start // cache.page_size, count, axis=1
-    )
+    pages = jax.lax.dynamic_slice_in_dim(cache.page_table, start // cache.page_size, count, axis=1)
 
     def gather(pool):
         found = pool[pages].swapaxes(1, 2)
