@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llada2_jax.model import Transformer, merge_params
 from llada2_jax.model.attention import KVCache
 from llada2_jax.types import ModelConfig, Params, SpecialTokens
+from pallas_kernels.block_attention.decode import ContiguousCache
 from pallas_kernels.block_layout import CLEAN, NOISY, BlockLayout, concatenate, half_layout
 
 
@@ -487,7 +488,7 @@ def _start(cfg, prompts, special, options, row_ids) -> tuple[_Plan, _Request, Ca
 
 
 def _empty_cache(cfg: ModelConfig, rows: int, capacity: int) -> KVCache:
-    shape = (cfg.num_layers, rows, capacity, cfg.num_kv_heads, cfg.head_dim)
+    shape = (cfg.num_layers, rows, cfg.num_kv_heads, capacity, cfg.head_dim)
     return KVCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
 
 
@@ -530,7 +531,7 @@ def _prefill(model: Transformer, plan: _Plan, request: _Request, carry: Carry) -
     inside = positions < (request.first_block * plan.block_size)[:, None]
     layout = half_layout(positions // plan.block_size, inside.astype(jnp.int32), CLEAN)
     kv = model(carry.tokens[:, :width], positions, layout, return_kv=True).kv
-    cache = jax.tree.map(lambda old, new: old.at[:, :, :width].set(new), carry.cache, kv)
+    cache = jax.tree.map(lambda old, new: old.at[:, :, :, :width].set(new), carry.cache, kv)
     return dataclasses.replace(carry, cache=cache, committed=request.first_block)
 
 
@@ -562,14 +563,11 @@ def _one_block(
     before them and themselves, so that rows of both kinds share the forward. Keys and values are
     always written: those of a block that has masks lie beyond `committed`, where nobody looks.
     """
-    layout = _block_layout(plan, carry.committed, active, NOISY)
-    tokens = _cut(carry.tokens, carry.committed, plan.block_size)
     out = model(
-        tokens,
+        _cut(carry.tokens, carry.committed, plan.block_size),
         _block_positions(plan, carry.committed),
-        layout,
-        cache=carry.cache,
-        cache_layout=_cache_layout(plan, carry),
+        _block_layout(plan, carry.committed, active, NOISY),
+        cache=_committed(plan, carry),
         return_kv=True,
     )
     assert out.kv is not None
@@ -591,11 +589,10 @@ def _two_blocks(
         jnp.concatenate([_cut(carry.tokens, b, size) for b, _, _ in blocks], axis=1),
         jnp.concatenate([_block_positions(plan, b) for b, _, _ in blocks], axis=1),
         concatenate([_block_layout(plan, *block) for block in blocks]),
-        cache=carry.cache,
-        cache_layout=_cache_layout(plan, carry),
+        cache=_committed(plan, carry),
         return_kv=True,
     )
-    clean = jax.tree.map(lambda x: x[:, :, :size], out.kv)
+    clean = jax.tree.map(lambda x: x[:, :, :, :size], out.kv)
     return out.hidden[:, size:], _write(plan, carry, clean)
 
 
@@ -751,11 +748,11 @@ def _paste(x: Array, part: Array, block: Int[Array, " B"]) -> Array:
 
 
 def _write(plan: _Plan, carry: Carry, kv: KVCache) -> Carry:
-    """Puts keys and values [N, B, block, K, h] where each row's first uncommitted block stands."""
+    """Puts keys and values [N, B, K, block, h] where each row's first uncommitted block stands."""
     start = carry.committed * plan.block_size
 
     def put(cache, new, at):
-        return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), at, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), at, axis=2)
 
     write = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
     cache = jax.tree.map(lambda old, new: write(old, new, start), carry.cache, kv)
@@ -789,8 +786,7 @@ def _block_layout(
     return half_layout(jnp.broadcast_to(block[:, None], shape), segment, half)
 
 
-def _cache_layout(plan: _Plan, carry: Carry) -> BlockLayout:
-    """The cache as the clean half; padding from the first uncommitted block on."""
-    positions = _positions(*carry.tokens.shape)
-    inside = positions < (carry.committed * plan.block_size)[:, None]
-    return half_layout(positions // plan.block_size, inside.astype(jnp.int32), CLEAN)
+def _committed(plan: _Plan, carry: Carry) -> ContiguousCache:
+    """What the blocks under way attend to: everything before the first uncommitted block."""
+    assert carry.cache is not None
+    return carry.cache.until(carry.committed * plan.block_size)

@@ -168,15 +168,15 @@ def left_to_right_nll(
     tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
     segments = jnp.asarray(batch.segment_ids)
     clean = half_layout(positions, segments, CLEAN)
-    cache = model(tokens, positions, clean, return_kv=True).kv
+    kv = model(tokens, positions, clean, return_kv=True).kv
+    assert kv is not None
 
     def step(carry, i):
         own = jax.lax.dynamic_slice_in_dim(positions, i, 1, axis=1)
         segment = jax.lax.dynamic_slice_in_dim(segments, i, 1, axis=1)
         masks = jnp.full((rows, 1), mask_id, jnp.int32)
-        hidden = model(
-            masks, own, half_layout(own, segment, NOISY), cache=cache, cache_layout=clean
-        ).hidden
+        cache = kv.until(jnp.full(rows, i, jnp.int32))
+        hidden = model(masks, own, half_layout(own, segment, NOISY), cache=cache).hidden
         target = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
         return carry, cross_entropy(model.logits(hidden), target)[:, 0]
 

@@ -7,24 +7,36 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llada2_jax.model.layers import RMSNorm, normal, parameter, rotate
 from llada2_jax.types import ModelConfig
 from pallas_kernels.block_attention import block_attention
+from pallas_kernels.block_attention.decode import (
+    ContiguousCache,
+    PagedCache,
+    decode_attention,
+    decode_backend,
+)
 from pallas_kernels.block_layout import BlockLayout
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (after norm and rotation) and values of finished tokens.
+    """Keys (after norm and rotation) and values of tokens, head-major as the decode kernels read
+    them.
 
-    k, v: [N, B, S, K, h] for a model of N layers, without the first axis inside a layer.
+    k, v: [N, B, K, S, h] for a model of N layers, without the first axis inside a layer.
     """
 
     k: Array
     v: Array
+
+    def until(self, lengths: Int[Array, " B"]) -> ContiguousCache:
+        """The first `lengths` positions of every row, for a forward of all layers to attend to."""
+        lengths = jnp.broadcast_to(lengths, (self.k.shape[0], *lengths.shape))
+        return ContiguousCache(self.k, self.v, lengths)
 
 
 class Attention(nnx.Module):
@@ -45,16 +57,17 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         rotary: tuple[Array, Array],
         layout: BlockLayout,
-        cache: KVCache | None,
-        cache_layout: BlockLayout | None,
+        cache: ContiguousCache | PagedCache | None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Attends to the cache (if any) and to the own positions; returns their keys and values."""
         heads, kv = self.cfg.num_heads, self.cfg.num_kv_heads
         qkv = jnp.einsum("btd,dnh->btnh", x, self.qkv[...].astype(x.dtype))
         q, k, v = jnp.split(qkv, [heads, heads + kv], axis=2)
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
-        parts = [(k, v, layout)]
-        if cache is not None and cache_layout is not None:
-            parts.insert(0, (cache.k.astype(k.dtype), cache.v.astype(v.dtype), cache_layout))
-        out = block_attention(q, parts, layout, backend=self.cfg.attention_backend)
-        return jnp.einsum("btnh,nhd->btd", out, self.out[...].astype(x.dtype)), KVCache(k, v)
+        backend = self.cfg.attention_backend
+        if cache is None:
+            out = block_attention(q, [(k, v, layout)], layout, backend=backend)
+        else:
+            out = decode_attention(q, k, v, layout, cache, backend=decode_backend(backend))
+        out = jnp.einsum("btnh,nhd->btd", out, self.out[...].astype(x.dtype))
+        return out, KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))

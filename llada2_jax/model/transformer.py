@@ -13,6 +13,7 @@ from llada2_jax.model.attention import Attention, KVCache
 from llada2_jax.model.layers import FeedForward, RMSNorm, normal, parameter, rotary_tables
 from llada2_jax.model.moe import MoE
 from llada2_jax.types import ModelConfig, Params
+from pallas_kernels.block_attention.decode import ContiguousCache, PagedCache
 from pallas_kernels.block_layout import BlockLayout, HostOrDevice
 
 
@@ -36,8 +37,8 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(cfg.hidden_size, "embed", cfg, rngs)
         self.mlp = MoE(cfg, rngs) if moe else FeedForward(cfg.intermediate_size, cfg, rngs)
 
-    def __call__(self, x, rotary, layout, cache, cache_layout):
-        attended, kv = self.attention(self.attention_norm(x), rotary, layout, cache, cache_layout)
+    def __call__(self, x, rotary, layout, cache):
+        attended, kv = self.attention(self.attention_norm(x), rotary, layout, cache)
         x = x + attended
         out = self.mlp(self.mlp_norm(x))
         out, load = out if isinstance(out, tuple) else (out, None)
@@ -55,7 +56,7 @@ def _stack(cfg: ModelConfig, rngs: nnx.Rngs, count: int, *, moe: bool) -> Layer:
     return create(rngs)
 
 
-def _layers_of(cache: KVCache, first: int, count: int) -> KVCache:
+def _layers_of(cache, first: int, count: int):
     """The cache of `count` layers from `first` on."""
     return jax.tree.map(lambda a: a[first : first + count], cache)
 
@@ -91,8 +92,7 @@ class Transformer(nnx.Module):
         positions: Int[HostOrDevice, "B T"],
         layout: BlockLayout,
         *,
-        cache: KVCache | None = None,
-        cache_layout: BlockLayout | None = None,
+        cache: ContiguousCache | PagedCache | None = None,
         embedding_noise: Float[Array, "B T D"] | None = None,
         return_kv: bool = False,
     ) -> Output:
@@ -101,8 +101,9 @@ class Transformer(nnx.Module):
         Args:
           tokens: input ids.
           positions: rotary positions; both halves of a training row use the same ones.
-          layout: coordinates of the inputs; they attend among themselves and to the cache by it.
-          cache: keys and values [N, B, S, K, h] of earlier tokens, laid out as `cache_layout`.
+          layout: coordinates of the inputs; they attend among themselves by it.
+          cache: earlier tokens, which all of these see: one cache a layer, every array of it
+            stacked on a leading axis [N, ...].
           embedding_noise: added to the embedding output (§7.1).
           return_kv: also return the keys and values of these positions.
         """
@@ -113,7 +114,7 @@ class Transformer(nnx.Module):
         kvs, loads, first = [], [], 0
         for stack, count in self._stacks():
             part = None if cache is None else _layers_of(cache, first, count)
-            x, kv, load = self._scan(stack, x, rotary, layout, part, cache_layout, return_kv)
+            x, kv, load = self._scan(stack, x, rotary, layout, part, return_kv)
             kvs.append(kv)
             loads.append(load)
             first += count
@@ -144,13 +145,13 @@ class Transformer(nnx.Module):
             stacks.append((self.moe_layers, self.cfg.num_moe_layers))
         return stacks
 
-    def _scan(self, stack, x, rotary, layout, cache, cache_layout, return_kv):
+    def _scan(self, stack, x, rotary, layout, cache, return_kv):
         graphdef, params = nnx.split(stack)
 
         def body(x, layer):
             params, cache = layer
             module = nnx.merge(graphdef, params)
-            x, kv, load = module(x, rotary, layout, cache, cache_layout)
+            x, kv, load = module(x, rotary, layout, cache)
             return x, (kv if return_kv else None, load)
 
         x, (kv, load) = jax.lax.scan(_REMAT[self.cfg.remat](body), x, (params, cache))
