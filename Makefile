@@ -15,8 +15,10 @@ STAMP := .venv/.stamp
 
 # More arguments for pytest, e.g. make test PYTEST_ARGS="-k sampler"
 PYTEST_ARGS ?=
+# More arguments for the torture, e.g. make torture TORTURE_ARGS="--faults 50 --seed 1"
+TORTURE_ARGS ?=
 
-.PHONY: help setup quickstart quickstart-long test lint format bench wheel pins clean
+.PHONY: help setup quickstart quickstart-long torture test lint format bench wheel pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +52,9 @@ quickstart-long: setup ## the same with a real budget (hours on 2 cores); run it
 
 test: lint ## lint, then all tests
 	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+torture: setup ## survive 1000 random kills, preemptions, full disks and damaged checkpoints; resumable
+	$(BIN)/python -m tests.torture --out runs/torture $(TORTURE_ARGS)
 
 lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff check

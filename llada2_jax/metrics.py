@@ -7,13 +7,15 @@ import hashlib
 import json
 import logging
 import os
+import socket
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
@@ -137,101 +139,119 @@ def read_metrics(workdir: Path, kind: str | None = None) -> list[dict[str, Any]]
     return [line for line in lines if kind in (None, line["kind"])]
 
 
+class _Appended:
+    """A file that takes records whole: what was half written, when the disk was full, is
+    overwritten by the next attempt."""
+
+    def __init__(self, path: Path, flags: int = 0):
+        self._file = os.open(path, os.O_RDWR | flags)
+        self.size = os.fstat(self._file).st_size
+
+    def append(self, data: bytes) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file, data[done:], self.size + done)
+        self.size += done
+
+    def is_at(self, path: Path) -> bool:
+        there, ours = os.stat(path), os.fstat(self._file)
+        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
 class _Lines:
-    """An append-only file whose lines are whole: a line that was half written, on a disk that is
-    full or on one that comes back, is written again in the same place."""
+    """metrics.jsonl: each line is written again until it is there."""
 
     def __init__(self, path: Path, retry_seconds: float):
         self._path, self._seconds = path, retry_seconds
-        self._file, self._size = -1, 0
+        self._file: _Appended | None = None
 
     def cut_back(self, step: int) -> None:
         kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         temporary = self._path.with_suffix(".tmp")
 
-        def rewrite() -> None:
-            self.close()
+        def rewrite() -> _Appended:
             temporary.write_text(text)
             temporary.replace(self._path)
-            self._file = os.open(self._path, os.O_RDWR)
+            return _Appended(self._path)
 
-        self._retry(rewrite)
-        self._size = os.fstat(self._file).st_size
+        self.close()
+        self._file = self._retry(rewrite)
 
     def append(self, text: str) -> None:
-        data = text.encode()
-
-        def write() -> None:
-            self._check_place()
-            done = 0
-            while done < len(data):
-                done += os.pwrite(self._file, data[done:], self._size + done)
-
-        self._retry(write)
-        self._size += len(data)
+        self._retry(lambda: self._open().append(text.encode()))
 
     def sync(self) -> None:
-        self._retry(lambda: os.fsync(self._file))
+        self._retry(lambda: self._open().sync())
 
     def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
-    def _check_place(self) -> None:
-        """A file that was unlinked, or whose folder vanished, takes lines and keeps none."""
-        there, ours = os.stat(self._path), os.fstat(self._file)
-        if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+    def _open(self) -> _Appended:
+        """A file that was unlinked, or whose folder vanished, would take lines and keep none."""
+        if self._file is None or not self._file.is_at(self._path):
             raise FileNotFoundError(f"{self._path} is another file now: is another run writing it?")
+        return self._file
 
-    def _retry(self, action) -> None:
-        with_retries(action, f"writing {self._path}", seconds=self._seconds)
+    def _retry[T](self, action: Callable[[], T]) -> T:
+        return with_retries(action, f"writing {self._path}", seconds=self._seconds)
 
 
 class _Board:
-    """TensorBoard's event files, written by the calling thread: a writer of tensorboardX's whose
-    thread dies of a full disk blocks its caller for good."""
-
-    FLUSH_SECONDS = 10.0
+    """TensorBoard's event files, written by the calling thread: a SummaryWriter whose own thread
+    dies of a full disk blocks its caller for good."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._writer: EventsWriter | None = None
-        self._flushed, self._warned = 0.0, False
+        self._file: _Appended | None = None
+        self._warned = False
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        now = time.time()
-        events = [Event(step=step, wall_time=now, summary=scalar(k, v)) for k, v in scalars.items()]
-        self._write(events, flush=now - self._flushed > self.FLUSH_SECONDS)
+        self._write(*(Event(step=step, summary=scalar(k, v)) for k, v in scalars.items()))
 
     def cut_back(self, step: int) -> None:
         """What follows hides events of the same steps that were written before."""
-        start = SessionLog(status=SessionLog.START)
-        self._write([Event(step=step + 1, wall_time=time.time(), session_log=start)], flush=True)
+        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def close(self) -> None:
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-        self._writer = None
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
-    def _write(self, events: list[Any], *, flush: bool) -> None:
+    def _write(self, *events: Any) -> None:
         try:
-            if self._writer is None:
-                self._folder.mkdir(exist_ok=True)
-                name = str(self._folder / "events")
-                self._writer = EventsWriter(name, filename_suffix=f".{os.getpid()}")
-            for event in events:
-                self._writer.write_event(event)
-            if flush:
-                self._writer.flush()
-                self._flushed = time.time()
+            file = self._open()
+            file.append(b"".join(map(_record, events)))
         except OSError as error:
-            self.close()
             if not self._warned:
                 _log.warning("TensorBoard's curves will have gaps: %s", describe(error))
             self._warned = True
+
+    def _open(self) -> _Appended:
+        if self._file is None:
+            self._folder.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            self._file = _Appended(self._folder / name, os.O_CREAT | os.O_TRUNC)
+        if not self._file.size:
+            self._file.append(_record(Event(file_version="brain.Event:2")))
+        return self._file
+
+
+def _record(event: Any) -> bytes:
+    """An event as TFRecord frames it: length, its checksum, data, its checksum."""
+    event.wall_time = time.time()
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+    return length + checks[0] + data + checks[1]
 
 
 class _Wandb:

@@ -36,8 +36,12 @@ def config(folder, workdir, **spikes):
     """Checkpoints after 4, 8 and 12 steps and at the end; metrics are fetched every other step."""
     cfg = life.make_config(folder, workdir)
     tokens = STEPS * cfg.tokens_per_step
-    schedule = dataclasses.replace(cfg.schedule, decay_tokens=tokens)
-    return dataclasses.replace(cfg, schedule=schedule, spikes=SpikeConfig(**spikes))
+    return dataclasses.replace(
+        cfg,
+        schedule=dataclasses.replace(cfg.schedule, decay_tokens=tokens),
+        checkpoint=dataclasses.replace(cfg.checkpoint, keep_last=9),
+        spikes=SpikeConfig(**spikes),
+    )
 
 
 def saved_steps(workdir) -> list[int]:

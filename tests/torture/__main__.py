@@ -204,6 +204,8 @@ def torture(out: Path, faults: int, seed: int) -> None:
     results = out / "results.jsonl"
     past = [json.loads(x) for x in results.read_text().splitlines()] if results.exists() else []
     survived = sum(sum(r["faults"].values()) for r in past)
+    if survived >= faults:
+        return
     undisturbed = _fresh(folder, out / "undisturbed", random.Random(seed))
     undisturbed.run(disturbed=False)
     number = len(past)

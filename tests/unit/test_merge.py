@@ -2,20 +2,29 @@
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llada2_jax import checkpoint, cli
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
 from llada2_jax.hub import load_bundle, load_model
-from llada2_jax.merge import merge_checkpoints, select_best
+from llada2_jax.merge import (
+    AVERAGES,
+    DECAYS,
+    EMA_DECAY,
+    average_weights,
+    merge_checkpoints,
+    select_best,
+)
 from llada2_jax.model import build
 from llada2_jax.types import ModelConfig, SpecialTokens
 from tests.helpers import config as tiny
@@ -174,6 +183,11 @@ def test_the_command(tmp_path, capsys):
         (["{run}"], "4 checkpoints were asked for"),
         (["{run}/absent"], "no such directory"),
         (["{run}/checkpoints/1", "{run}/checkpoints/1"], "named twice"),
+        (["{run}", "--weights", "1,2"], "named one by one"),
+        (["{run}/checkpoints/1", "--weights", "1,2"], "2 weights were given for 1 checkpoints"),
+        (["{run}", "--top-k", "1", "--last", "1"], "exclude each other"),
+        (["{run}", "--last", "2"], "--last, or name another --kind"),
+        (["{run}", "--last", "1", "--average", "ema", "--ema-decay", "1"], "--ema-decay=1.0 must"),
         (["{run}/checkpoints/1", "--out", "{run}/checkpoints"], "exists"),
     ],
 )
@@ -188,34 +202,79 @@ def test_errors_are_one_line(tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+# ---- weights -------------------------------------------------------------------------------------
+
+
+@given(
+    average=st.sampled_from(AVERAGES),
+    updates=st.lists(st.floats(-1, 1), min_size=0, max_size=8),
+)
+def test_an_average_is_the_run_with_a_decay(average, updates):
+    """Scalars in place of parameters: the oldest checkpoint, and the update up to each next one."""
+    count = len(updates) + 1
+    checkpoints = np.cumsum([5.0, *updates])
+    merged = np.dot(average_weights(average, count), checkpoints)
+    if average == "ema":
+        wanted = checkpoints[0]
+        for value in checkpoints[1:]:
+            wanted = EMA_DECAY * wanted + (1 - EMA_DECAY) * value
+    else:
+        rates = [DECAYS[average](j / count) for j in range(1, count)]
+        wanted = 5.0 + np.dot(rates, updates)
+    np.testing.assert_allclose(merged, wanted, atol=1e-9)
+
+
+def test_what_decays_look_like():
+    assert average_weights("mean", 4) == [0.25] * 4
+    np.testing.assert_allclose(average_weights("one-minus-sqrt", 4), np.diff(np.sqrt(range(5))) / 2)
+    weights = average_weights("cosine", 4)
+    assert weights[0] == pytest.approx(weights[3]) and weights[1] > weights[0]
+    assert average_weights("ema", 3, 0.5) == [0.25, 0.25, 0.5]
+
+
+def test_a_weighted_mean(tmp_path):
+    bundles = [bundle(seed) for seed in range(2)]
+    for seed, each in enumerate(bundles):
+        checkpoint.save_model(tmp_path / str(seed), each)
+    paths = [tmp_path / "0", tmp_path / "1"]
+    merge_checkpoints(paths, tmp_path / "out", weights=[3, 1])
+    merged = load_model(tmp_path / "out")
+    leaves = [checkpoint.flatten(each.params) for each in bundles]
+    for path, value in checkpoint.flatten(merged.params).items():
+        a, b = (np.asarray(flat[path], np.float64) for flat in leaves)
+        np.testing.assert_allclose(np.asarray(value), 0.75 * a + 0.25 * b, rtol=1e-5, atol=1e-6)
+    assert [source["weight"] for source in merged.provenance["merged"]] == [0.75, 0.25]
+    for weights in ([1], [0, 0], [-1, 2], [float("nan"), 1]):
+        with pytest.raises(CheckpointError, match="weights"):
+            merge_checkpoints(paths, tmp_path / "bad", weights=weights)
+
+
+def test_weights_by_the_command(tmp_path, capsys):
+    for step, value in ((1, 1.0), (2, 9.0), (3, 8.0)):
+        add_step(tmp_path, step, value)
+    arguments = ["merge", str(tmp_path), "--last", "2", "--average", "one-minus-sqrt"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "decayed")]) == 0
+    assert "wrote the weighted mean of 2 checkpoints" in capsys.readouterr().out
+    sources = load_bundle(tmp_path / "decayed").provenance["merged"]
+    assert [source["step"] for source in sources] == [2, 3]  # in time, though 3 is the better one
+    weights = [source["weight"] for source in sources]
+    np.testing.assert_allclose(weights, [np.sqrt(0.5), 1 - np.sqrt(0.5)])
+    steps = [str(tmp_path / "checkpoints" / step) for step in "31"]
+    arguments = ["merge", *steps, "--weights", "1,4", "--out", str(tmp_path / "named")]
+    assert cli.main(arguments) == 0
+    sources = load_bundle(tmp_path / "named").provenance["merged"]
+    assert [(x["step"], x["weight"]) for x in sources] == [(3, 0.2), (1, 0.8)]
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
-_MEASURE = """
-import resource, sys
-from pathlib import Path
-from llada2_jax import checkpoint, merge
-# Small enough that what is constant does not hide what grows.
-checkpoint.CACHE_BYTES, checkpoint.CHUNK_BYTES = 4 << 20, 1 << 20
-small, out, *paths = map(Path, sys.argv[1:])
-merge.merge_checkpoints([small] * 2, out.with_name("warm"))
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-merge.merge_checkpoints(paths, out)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) << 10)
-"""
 
-
-def test_memory_grows_neither_with_k_nor_with_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1 << 20)
-    large = dataclasses.replace(CONFIG, vocab_size=160_000, hidden_size=64, num_experts=64)
-    checkpoint.save_model(tmp_path / "small", bundle(0))
-    checkpoint.save_model(tmp_path / "0", bundle(0, large))
-    size = sum(spec.nbytes for spec in checkpoint.ParamReader(tmp_path / "0/params").specs.values())
-    assert size > 75 << 20
-    for copy in ("1", "2"):
-        shutil.copytree(tmp_path / "0", tmp_path / copy)
-    paths = [tmp_path / name for name in ("small", "out", "0", "1", "2")]
-    out = subprocess.run(
-        [sys.executable, "-c", _MEASURE, *map(str, paths)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert int(out.stdout) < size / 3, f"{int(out.stdout) >> 20} MiB for {size >> 20} MiB a model"
+def test_memory_grows_neither_with_k_nor_with_the_model():
+    # Chunks so small that what is constant does not hide what grows.
+    sizes = ["--megabytes", "24", "72", "--chunk", str(1 << 20), "--cache", str(4 << 20)]
+    command = [sys.executable, "-m", "tests.merge_memory", "--k", "2", "8", *sizes]
+    root = Path(__file__).parents[2]
+    out = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["megabytes"], row["k"]) for row in rows] == [(24, 2), (24, 8), (72, 2), (72, 8)]
+    assert rows[-1]["peak_mib"] - rows[0]["peak_mib"] < 16, rows  # of 48 MB more, eight times

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import sys
 import types
 
@@ -93,18 +94,36 @@ def test_two_runs_in_one_folder_are_noticed(tmp_path):
 def test_curves_are_written_and_may_fail_without_harm(tmp_path, monkeypatch, caplog):
     logger = open_logger(tmp_path)
 
-    def fail(*_):
-        raise OSError(28, "No space left on device")
+    def full(file, data):
+        if b"{" not in data:  # not a line of metrics.jsonl
+            os.pwrite(file._file, data[:5], file.size)
+            raise OSError(28, "No space left on device")
+        append(file, data)
 
+    append = metrics._Appended.append
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.EventsWriter, "write_event", fail)
-        log_steps(logger, [1])
-    log_steps(logger, [2, 3])
+        patch.setattr(metrics._Appended, "append", full)
+        log_steps(logger, [1, 2])
+    log_steps(logger, [3])
     logger.close()
     assert steps_of(tmp_path) == [1, 2, 3]
     assert caplog.text.count("TensorBoard's curves will have gaps") == 1
-    files = [p.read_bytes() for p in (tmp_path / "tensorboard").iterdir()]
-    assert any(b"train/loss" in data for data in files)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    scalars = [(e.step, v.tag, v.simple_value) for e in events(path) for v in e.summary.value]
+    assert scalars == [(3, "train/loss", pytest.approx(1 / 3))]
+
+
+def events(path):
+    """What TensorBoard would read, framing and checksums checked."""
+    data, found = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        assert struct.unpack("<I", data[8:12])[0] == metrics.masked_crc32c(data[:8])
+        body, data = data[12 : 12 + size], data[12 + size :]
+        assert struct.unpack("<I", data[:4])[0] == metrics.masked_crc32c(body)
+        found.append(metrics.Event.FromString(body))
+        data = data[4:]
+    return found
 
 
 def test_processes_that_do_not_write_leave_no_files(tmp_path):
@@ -152,9 +171,7 @@ def test_retries_end(monkeypatch):
         calls.append(1)
         raise OSError(5, "Input/output error")
 
-    with pytest.raises(
-        StorageError, match=r"reading x failed, and again for 0.2 s: .*Input"
-    ):
+    with pytest.raises(StorageError, match=r"reading x failed, and again for 0.2 s: .*Input"):
         with_retries(fail, "reading x", seconds=0.2)
     assert 3 <= len(calls) <= 8
     with pytest.raises(ZeroDivisionError):
