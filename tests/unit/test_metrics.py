@@ -151,7 +151,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     logged = [args for name, args, *_ in calls if name == "log"]
     assert logged[0] == ({"step": 1, "train/loss": 1.0},)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="pip install wandb"):
+    with pytest.raises(ConfigError, match="needs the package wandb: pip install"):
         open_logger(tmp_path, wandb_project="p")
 
 
