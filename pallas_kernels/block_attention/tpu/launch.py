@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def launch(
     carry: Sequence[Array],
     tile_outputs: Sequence[jax.ShapeDtypeStruct],
     strip_outputs: Sequence[jax.ShapeDtypeStruct],
-    scratch: Sequence[pltpu.MemoryRef],
+    scratch: Sequence[Any],
     matmuls: int,
 ):
     """Runs `kernel` for every row, kv head and visited tile, in this order of loops.
