@@ -13,12 +13,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.stamp
 
+# The TPU compiler, for machines without a TPU; there is one for this platform only.
+LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.cache/libtpu/libtpu/libtpu.so)
+
 # More arguments for pytest, e.g. make test PYTEST_ARGS="-k sampler"
 PYTEST_ARGS ?=
 # More arguments for the torture, e.g. make torture TORTURE_ARGS="--faults 50 --seed 1"
 TORTURE_ARGS ?=
 
-.PHONY: help setup quickstart quickstart-long torture test lint format bench wheel pins clean
+.PHONY: help setup quickstart quickstart-long torture test lint format bench aot wheel pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -50,7 +53,7 @@ quickstart: setup ## the whole conversion on this machine, about 10 minutes; wri
 quickstart-long: setup ## the same with a real budget (hours on 2 cores); run it again to resume
 	$(BIN)/llada2 quickstart --config=configs/quickstart_long.py
 
-test: lint ## lint, then all tests
+test: lint $(LIBTPU) ## lint, then all tests
 	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 torture: setup ## survive 1000 random kills, preemptions, full disks and damaged checkpoints; resumable
@@ -68,6 +71,14 @@ format: setup ## let ruff rewrite the files in the project's style
 
 bench: setup ## share of a training step that is not the model's; minutes
 	$(BIN)/python -m llada2_jax.bench
+
+aot: setup $(LIBTPU) ## compile the kernels for TPU v5e, v5p, v6e and 7x, without a TPU; an hour
+	JAX_PLATFORMS=cpu $(BIN)/python -m pallas_kernels.aot
+
+.cache/libtpu/libtpu/libtpu.so: requirements-libtpu.txt | $(STAMP)
+	@echo "Fetching the TPU compiler into .cache/libtpu (640 MB on disk)"
+	@$(PIP) install -qq --no-deps --upgrade --target .cache/libtpu -r $<
+	@touch $@
 
 wheel: setup ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation

@@ -1,0 +1,107 @@
+"""Time: every contender on the accelerator at hand, forward and forward + backward."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels.bench.contenders import CONTENDERS, Calls, Case
+from pallas_kernels.block_layout import key_intervals
+from pallas_kernels.shapes import ATTENTION
+from pallas_kernels.tables import Record
+
+PEAK = {
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1155e12,  # a chip is two devices
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+"""Dense bf16 FLOP/s of a jax device whose kind begins so."""
+
+MATMULS = {"forward": 2, "both": 7}
+"""Matrix products a pair needs, 2 * head_dim FLOPs each; the backward pass alone needs 5."""
+
+
+def measure(args: argparse.Namespace) -> tuple[list[Record], str, str]:
+    """Records, title and caption. A contender that fails has the reason in its record."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch some memory
+    platform, kind = jax.default_backend(), jax.local_devices()[0].device_kind
+    on_cpu = platform == "cpu"
+    model = args.model or ("tiny" if on_cpu else "mini")
+    length = args.length or (256 if on_cpu else 4096)
+    peak = next((p for name, p in PEAK.items() if kind.startswith(name)), None)
+    contenders = {
+        name: build
+        for name, build in CONTENDERS[platform].items()
+        if not args.only or name in args.only
+    }
+    records = []
+    for documents in args.documents:
+        case = Case(ATTENTION[model], args.rows, length, args.block, documents)
+        records += _compare(case, contenders, args.repeats, peak)
+    title = f"{kind}: {model}, {args.rows} rows of 2 x {length}, block {args.block}, bf16"
+    caption = (
+        "x: time over that of the first. TFLOP/s: on allowed pairs, 5 matmuls backward. "
+        "differs by: largest difference of an output from the first's."
+    )
+    if on_cpu:
+        caption += " No accelerator here: this says nothing about the kernels."
+    elif peak is None:
+        caption += f" Peak of {kind!r} unknown."
+    return records, title, caption
+
+
+def _compare(
+    case: Case, contenders: dict[str, Callable[[Case], Calls]], repeats: int, peak: float | None
+) -> list[Record]:
+    """Built one after the other, so that the memory of one is free for the next."""
+    pairs = float(np.asarray(key_intervals(case.layout).count()).sum(dtype=np.float64))
+    flops = {
+        part: 2 * matmuls * pairs * case.shape.heads * case.shape.head_dim
+        for part, matmuls in MATMULS.items()
+    }
+    first: dict[str, float] = {}
+    output = None
+    records = []
+    for name, build in contenders.items():
+        record: dict[str, Any] = {"documents": case.documents, "contender": name}
+        try:
+            calls = build(case)
+            for part, label in (("forward", "fwd"), ("both", "fwd+bwd")):
+                seconds = _median_seconds(getattr(calls, part), calls.wait, repeats)
+                first.setdefault(part, seconds)
+                record[f"{label} ms"] = round(seconds * 1e3, 3)
+                record[f"{label} x"] = round(seconds / first[part], 3)
+                record[f"{label} TFLOP/s"] = round(flops[part] / seconds / 1e12, 2)
+                if peak:
+                    record[f"{label} % of peak"] = round(100 * flops[part] / seconds / peak, 1)
+            mine = calls.read(calls.forward())
+            output = mine if output is None else output
+            record["differs by"] = round(float(np.abs(mine - output).max()), 4)
+        except Exception as error:  # one contender's, whatever it is; the table goes on
+            record["error"] = f"{type(error).__name__}: {error}"[:200]
+        records.append(record)
+    return records
+
+
+def _median_seconds(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
+    """Median over repeats of the time of one call, after two calls to compile and to warm up."""
+    wait(call())
+    wait(call())
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        wait(call())
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
