@@ -155,10 +155,9 @@ def _read_header(file: Path) -> dict[str, _Entry]:
 def _entry(file: Path, name: str, info: dict[str, Any], *, data_start: int, size: int) -> _Entry:
     try:
         code, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-        valid = isinstance(code, str) and all(map(_is_size, (*shape, start, end))) and start <= end
     except (KeyError, TypeError, ValueError):
-        valid = False
-    if not valid:
+        raise CheckpointError(f"{file}: the header's entry of {name} is malformed") from None
+    if not (isinstance(code, str) and all(map(_is_size, (*shape, start, end))) and start <= end):
         raise CheckpointError(f"{file}: the header's entry of {name} is malformed")
     if data_start + end > size:
         raise CheckpointError(

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from llada2_jax import checkpoint, retry, train_checkpoints
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
 from llada2_jax.config import CheckpointConfig
+from llada2_jax.data.loader import batches
+from llada2_jax.data.packing import PackedRows, TokenizedDocuments
 from llada2_jax.hub import load_model
 from llada2_jax.merge import merge_checkpoints
 from llada2_jax.model import build
@@ -144,6 +146,34 @@ def test_another_mesh(tmp_path):
     checkpoints = TrainCheckpoints(tmp_path, CFG)
     assert restored_step(checkpoints) == 5
     checkpoints.close()
+
+
+@given(
+    lives=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 4)), min_size=1, max_size=5)
+)
+@settings(max_examples=8, deadline=None)
+def test_no_document_is_lost_or_repeated_when_processes_change(lives):
+    """Lives of some processes and some steps follow each other, each from where the last ended."""
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(3, 20, 30))])
+    documents = TokenizedDocuments(np.zeros(offsets[-1], np.int32), np.arange(30), offsets)
+    steps = sum(count for _, count in lives)
+    rows = PackedRows(documents, 8, 4 * steps, 0, None)
+
+    def seen(first: int, count: int, process: int, processes: int) -> list[tuple[int, int, int]]:
+        source = batches(
+            rows, rows_per_step=4, first_step=first, process_index=process, process_count=processes
+        )
+        taken = [next(source) for _ in range(count)]
+        fields = ("document_ids", "document_positions", "visits")
+        return list(zip(*(np.ravel([getattr(b, f) for b in taken]) for f in fields), strict=True))
+
+    found, first = [], 0
+    for processes, count in lives:
+        for process in range(processes):
+            found += seen(first, count, process, processes)
+        first += count
+    assert sorted(found) == sorted(seen(0, steps, 0, 1))
 
 
 # ---- damage --------------------------------------------------------------------------------------
