@@ -34,8 +34,7 @@ from llada2_jax.hub.huggingface import read_tokenizer_files
 from llada2_jax.metrics import MetricLogger
 from llada2_jax.model import init_params
 from llada2_jax.model.mask_embedding import mask_row
-from llada2_jax.objectives import OBJECTIVES
-from llada2_jax.objectives import Context
+from llada2_jax.objectives import OBJECTIVES, Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
 from llada2_jax.retry import with_retries
 from llada2_jax.run_folder import record_config, record_start
@@ -293,14 +292,10 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, profile: str) -> 
             event = _log(run, pending)
             if event is not None:
                 _react(run, done, *event)
-            pending = _Pending()
-        if measures:
-            scores = _validate(run, done, phase, batch, context, ends=ends)
-            if saves:
+            scores = _validate(run, done, phase, batch, context, ends=ends) if measures else None
+            if saves or event is not None or run.checkpoints.failed:
                 _save(run, done, scores)
-            pending.since = time.perf_counter()
-        elif run.checkpoints.failed and not pending.steps:
-            _save(run, done)
+            pending = _Pending()
     run.checkpoints.wait()
     if run.checkpoints.failed:
         _save(run, cfg.total_steps)
@@ -311,8 +306,8 @@ def _leave(run: Run, step: int, pending: _Pending, *, saved: bool) -> NoReturn:
     """Saves, unless the steps since the last look are bound to be rolled back, and makes room."""
     if not saved and (not pending.steps or _log(run, pending) is None):
         _save(run, step, wait=True)
-    newest = max(run.checkpoints.steps(), default=0)
-    message = f"preempted: step {newest} of {run.cfg.total_steps} is saved; start again to go on"
+    saved_step, last = run.checkpoints.newest, run.cfg.total_steps
+    message = f"preempted: step {saved_step} of {last} is saved; start again to go on"
     run.logger.say(message)
     raise Preempted(message)
 
@@ -396,7 +391,6 @@ def _react(run: Run, done: int, policy: str, event: str, step: int) -> None:
     values = {"event": event, "spike_step": step, "restored_step": source}
     run.logger.write(done, "rollback", name, values)
     run.logger.say(f"{what}: back to checkpoint {source}, skipping the steps up to {done}")
-    _save(run, done)
 
 
 def _validate(

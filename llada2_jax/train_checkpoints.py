@@ -117,11 +117,11 @@ class TrainCheckpoints:
         Raises: StorageError if storage refuses for longer than the config allows.
         """
         self.wait()
-        if step in self.steps():
+        if step in self._scores:
             return
         start = functools.partial(self._start, step, _items(bundle, params, optimizer, train))
         commit = functools.partial(self._commit, step, train["metrics"].get("validation") or {})
-        if not wait and self._error is None and self._attempt(step, start):
+        if not wait and not self.failed and self._attempt(step, start):
             self._thread = threading.Thread(target=self._attempt, args=[step, commit])
             self._thread.start()
             return
@@ -140,8 +140,14 @@ class TrainCheckpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether the last write failed, so that the caller should save again."""
-        return self._error is not None
+        """Whether the last write failed on any process, so that all should save again."""
+        return not _on_all(self._error is None)
+
+    @property
+    def newest(self) -> int:
+        """The last step that was saved; 0 before the first."""
+        self.wait()
+        return max(self._scores, default=0)
 
     def wait(self) -> None:
         """Returns when nothing is being written any more; `failed` says how it went."""

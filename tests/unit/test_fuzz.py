@@ -1,6 +1,6 @@
 """Readers of what others wrote: whatever the input, a value or the documented error, nothing else.
 
-What long runs of these found (HYPOTHESIS_MAX_EXAMPLES=20000) is kept as explicit examples.
+What they found is kept as explicit examples. HYPOTHESIS_MAX_EXAMPLES=20000 makes them run for long.
 """
 
 import contextlib
