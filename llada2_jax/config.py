@@ -347,7 +347,7 @@ def _convert(hint, value, where: str):
         value = float(value)
     if type(value) is not hint:
         raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}")
-    if hint is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}={value!r} must be finite")
     return value
 

@@ -262,7 +262,8 @@ class _Wandb:
             import wandb  # pyright: ignore[reportMissingImports] - optional
         except ModuleNotFoundError:
             raise ConfigError(
-                f"config.wandb_project={project!r} needs the package wandb: pip install 'llada2-jax[wandb]'"
+                f"config.wandb_project={project!r} needs the package wandb: "
+                "pip install 'llada2-jax[wandb]'"
             ) from None
         place = str(workdir.absolute())
         self._run = wandb.init(
