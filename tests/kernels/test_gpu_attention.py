@@ -89,7 +89,7 @@ def register_operands(monkeypatch):
 
 
 def test_mosaic_matches_the_oracle(register_operands):
-    """Threads, barriers and copies included. Two rows of three query tiles and two key tiles."""
+    """Warpgroups, barriers and copies included: three query tiles, two key tiles."""
     rng = np.random.default_rng(0)
     layout = packed_layout(rng, 1, 96, "straddling", block_size=8, padding=9)
     inputs = [jnp.asarray(rng.standard_normal((1, 192, n, 64)), "bfloat16") for n in (2, 1, 1, 2)]
@@ -255,6 +255,12 @@ def test_what_cannot_run_is_an_error_that_names_it(monkeypatch):
         attend_gpu(q, k, v, intervals, implementation="mosaic")
     with pytest.raises(NotImplementedError, match="head_dim 12"):
         attend_gpu(q[..., :12], k[..., :12], v[..., :12], intervals, implementation="triton")
+    with pytest.raises(NotImplementedError, match="powers of two"):
+        tiles = Tiles((8, 16), (8, 24), (8, 16))
+        attend_gpu(q, k, v, intervals, implementation="triton", tiles=tiles)
+    with pytest.raises(NotImplementedError, match="are fixed"):
+        wide = [jnp.zeros((1, 8, n, 64), jnp.bfloat16) for n in (2, 1, 1)]
+        attend_gpu(*wide, intervals, implementation="mosaic", tiles=SMALL)
     with pytest.raises(ValueError, match="one dtype"):
         attend_gpu(q, k.astype(jnp.bfloat16), v, intervals)
     with pytest.raises(ValueError, match="multiple"):

@@ -46,8 +46,8 @@ def attend_gpu(
     Args:
       q, k, v: of one dtype; heads is a multiple of kv_heads. The scale is head_dim**-0.5; scores,
         softmax and sums are fp32.
-      intervals: int32 bounds on the key axis, as `key_intervals` gives them. Any others are right
-        too, and fast when the queries of a tile see much the same keys.
+      intervals: int32 bounds on the key axis, as `key_intervals` gives them. Any other two runs
+        without common keys are right too, and fast when queries of a tile see much the same keys.
       implementation: "mosaic" (Hopper) or "triton"; None takes what the GPU at hand and the shapes
         allow, and logs a warning with the reason when that is not "mosaic".
       tiles: None for `default_tiles`.
@@ -64,9 +64,9 @@ def attend_gpu(
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {name!r}: choose one of {sorted(IMPLEMENTATIONS)}")
     kernels = IMPLEMENTATIONS[name]
-    if reason := kernels.unsupported(q, k):
-        raise NotImplementedError(f"implementation {name!r}: {reason}")
     plan = _Plan(kernels, tiles or kernels.default_tiles(q, k), interpret)
+    if reason := kernels.unsupported(q, k, plan.tiles):
+        raise NotImplementedError(f"implementation {name!r}: {reason}")
     return _padded(q, k, v, intervals, plan)
 
 
@@ -108,7 +108,7 @@ def choose(q, k) -> Implementation:
             f"compute capability {capability[0]}.{capability[1]}: the GPU kernels need 8.0 (Ampere)"
             " or later; use the 'xla' backend"
         )
-    reason = mosaic.unsupported(q, k)
+    reason = mosaic.unsupported(q, k, mosaic.default_tiles(q, k))
     if capability[0] != 9:
         reason = f"compute capability {capability[0]}.{capability[1]} is not Hopper's 9.0"
     if reason is None:
@@ -118,7 +118,7 @@ def choose(q, k) -> Implementation:
 
 
 def _compute_capability() -> tuple[int, int]:
-    devices = [d for d in jax.devices() if d.platform == "gpu"]
+    devices = [d for d in jax.local_devices() if d.platform == "gpu"]
     capability = getattr(devices[0], "compute_capability", "") if devices else ""
     if "." not in capability:
         raise NotImplementedError(

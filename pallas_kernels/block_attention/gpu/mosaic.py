@@ -36,8 +36,8 @@ ROW = plgpu.Layout.WGMMA.reduce(1)  # a value for each row of a tile
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def unsupported(q, k) -> str | None:
-    """Why arrays like q and k cannot be run, or None."""
+def unsupported(q, k, tiles: Tiles) -> str | None:
+    """Why arrays like q and k cannot be run, or not with these tiles, or None."""
     group = q.shape[2] // k.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} is not bfloat16 or float16"
@@ -45,6 +45,12 @@ def unsupported(q, k) -> str | None:
         return f"head_dim {q.shape[3]} is not 64 or 128"
     if group % WARPGROUPS:
         return f"{group} query heads a key head: an even number is needed"
+    rows = tiles.forward[0], tiles.query_gradient[0], tiles.key_gradients[1]
+    if rows != (ROWS, ROWS, WARPGROUPS * ROWS):
+        return f"{tiles}: queries {ROWS}, and {WARPGROUPS * ROWS} keys in key_gradients, are fixed"
+    others = tiles.forward[1], tiles.query_gradient[1], tiles.key_gradients[0]
+    if any(n % 64 for n in others):
+        return f"{tiles}: the other sizes are not multiples of 64"
     return None
 
 

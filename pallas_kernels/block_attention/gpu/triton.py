@@ -11,6 +11,7 @@ run to run.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -27,11 +28,13 @@ NEVER = -1e30  # finite, so that a row without keys has no NaN on the way to its
 LOG2_E = math.log2(math.e)
 
 
-def unsupported(q, k) -> str | None:
-    """Why arrays like q and k cannot be run, or None."""
+def unsupported(q, k, tiles: Tiles) -> str | None:
+    """Why arrays like q and k cannot be run, or not with these tiles, or None."""
     head_dim = q.shape[3]
     if head_dim & (head_dim - 1) or head_dim < 16:
         return f"head_dim {head_dim} is not a power of two of at least 16; pad it, or use 'xla'"
+    if any(n & (n - 1) for tile in dataclasses.astuple(tiles) for n in tile):
+        return f"{tiles}: sizes are not powers of two"
     return None
 
 
