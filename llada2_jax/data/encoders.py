@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ class EncodeOptions:
         for name, choices in (("content", CONTENTS), ("loss_turns", ("all", "last"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {choices}")
+        if self.today:
+            datetime.date.fromisoformat(self.today)
 
 
 def make_encoder(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -201,6 +203,11 @@ def _run(job: Job, units: list[Unit], numbers: list[int], folder: Path, processe
     try:
         futures = [pool.submit(_work, i, units[i]) for i in numbers]
         yield from (f.result() for f in concurrent.futures.as_completed(futures))
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise PrepareError(
+            "a worker died (out of memory?); what is done is kept: run it again, with fewer "
+            "--processes"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -284,7 +291,8 @@ class _Shard:
 
     def write(self, example: Example, document: int, row: int, dtype: np.dtype) -> None:
         for piece in _chunks(example):
-            self._writer.write(encode_record(piece, dtype))
+            with self._storage_errors():
+                self._writer.write(encode_record(piece, dtype))
             self._records += 1
         supervised = int(np.count_nonzero(example.weights))
         first = example.first_supervised
@@ -294,7 +302,8 @@ class _Shard:
 
     def close(self) -> dict[str, Any]:
         """Ends both files; returns what the manifest says of them."""
-        self._writer.close()
+        with self._storage_errors():
+            self._writer.close()
         index = np.asarray(self._entries, INDEX)
         np.save(f"{self._path}.npy", index)
         return {
@@ -305,6 +314,14 @@ class _Shard:
             "longest": int(index["tokens"].max(initial=0)),
             "weighted": not self._weights <= {0.0, 1.0},
         }
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """A full disk is an OSError, whatever ArrayRecord makes of it."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            raise OSError(f"{self._path}.array_record: {error}") from error
 
 
 def _chunks(example: Example) -> Iterator[Example]:

@@ -17,6 +17,7 @@ from llada2_jax.data import prepare as preparing
 from llada2_jax.data import sources
 from llada2_jax.data.corpus import load_corpus
 from llada2_jax.data.examples import Example, decode_record, encode_record
+from llada2_jax.data.loader import batches
 from llada2_jax.data.prepare import MANIFEST, PLAN, PrepareError, prepare, remove
 from llada2_jax.data.prepared import PreparedDocuments, PreparedError, read_manifest
 from llada2_jax.data.sources import SourceError, SourceSpec, plan, read, resolve_format
@@ -275,6 +276,20 @@ def test_a_stopped_preparation_goes_on_where_it_stopped(source, tmp_path, monkey
     assert left == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_an_os_error_and_what_is_done_is_kept(source, tmp_path):
+    out = tmp_path / "out"
+    whole = prepare(job(source), out, processes=1)
+    before = contents(out)
+    for left in (out / "00005.json", out / "00005.train.array_record"):
+        left.unlink()
+    (out / "00005.train.array_record").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"00005\.train\.array_record: .*No space left on device"):
+        prepare(job(source), out, processes=1)
+    (out / "00005.train.array_record").unlink()
+    assert prepare(job(source), out, processes=1) == whole and contents(out) == before
+
+
 def test_a_folder_of_another_job_is_left_alone(source, tmp_path):
     prepare(job(source), tmp_path / "out", processes=1)
     before = contents(tmp_path / "out")
@@ -465,3 +480,34 @@ def test_data_of_another_tokenizer_is_refused(source, tmp_path):
         load_corpus(cfg, Tokenizer.from_str(json.dumps(other)), SPECIAL)
     with pytest.raises(PreparedError, match="was prepared with special tokens"):
         load_corpus(cfg, TOKENIZER, dataclasses.replace(SPECIAL, pad=3))
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_any_number_of_processes_goes_on_with_the_same_documents(packing, source, tmp_path):
+    """Three steps by one process, three by four, the rest by two: as one alone would read them."""
+    prepare(job(source), tmp_path / "a", processes=1)
+    write_jsonl(tmp_path / "b.jsonl", [{"text": t * 3} for t in texts(25)])
+    prepare(job(tmp_path / "b.jsonl"), tmp_path / "b", processes=1)
+    cfg = DataConfig(
+        sources=(str(tmp_path / "a"), str(tmp_path / "b")),
+        weights=(1.0, 2.0),
+        packing=packing,
+        row_length=64,
+        pad_multiple=4,
+        long_documents="split",
+    )
+
+    def read_by(processes, first, stop):
+        rows = load_corpus(cfg, TOKENIZER, SPECIAL).training_rows(cfg, 8 * 40, 7)
+        parts = [
+            batches(
+                rows, rows_per_step=8, first_step=first, process_index=p, process_count=processes
+            )
+            for p in range(processes)
+        ]
+        for _ in range(first, stop):
+            yield np.concatenate([next(p).tokens for p in parts])
+
+    alone = np.stack(list(read_by(1, 0, 40)))
+    pieced = [*read_by(1, 0, 3), *read_by(4, 3, 6), *read_by(2, 6, 40)]
+    np.testing.assert_array_equal(np.stack(pieced), alone)
