@@ -72,7 +72,7 @@ format: setup ## let ruff rewrite the files in the project's style
 bench: setup ## share of a training step that is not the model's; minutes
 	$(BIN)/python -m llada2_jax.bench
 
-aot: setup $(LIBTPU) ## compile the kernels for TPU v5e, v5p, v6e and 7x, without a TPU; an hour
+aot: setup $(LIBTPU) ## compile the kernels for TPU v5e, v5p, v6e and 7x, without a TPU; tens of minutes
 	JAX_PLATFORMS=cpu $(BIN)/python -m pallas_kernels.aot
 
 .cache/libtpu/libtpu/libtpu.so: requirements-libtpu.txt | $(STAMP)

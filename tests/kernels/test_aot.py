@@ -22,7 +22,7 @@ def test_training_attention_compiles_in_linear_memory(chip):
     program, arguments = aot.training_attention(aot.attend_by_intervals, ATTENTION["mini"], 4096)
     compiled = aot.compile_for(aot.tpu_device(chip), program, *arguments)
     operands = sum(x.size * x.dtype.itemsize for x in arguments)
-    assert 0 < compiled.temporaries < 3 * operands, "one dense mask alone is 64 MiB"
+    assert 0 < compiled.temporaries < 2 * operands, "scores of a head alone are 128 MiB in bf16"
 
 
 @needs_libtpu
@@ -54,6 +54,6 @@ def test_a_failure_is_in_the_table_and_in_the_exit_status(monkeypatch, capsys):
 
     monkeypatch.setattr(aot, "tpu_device", lambda chip: None)
     monkeypatch.setattr(aot, "compile_for", refuse)
-    command = "--chips v5e --models tiny --lengths 256 --only decode --json".split()
-    assert aot.main(command) == 2
+    command = "--chips v5e --models tiny --lengths 256 --only decode --json"
+    assert aot.main(command.split()) == 2
     assert '"RuntimeError: out of vmem"' in capsys.readouterr().out

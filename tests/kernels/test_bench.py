@@ -35,7 +35,8 @@ def test_pairs_of_dense_backends_are_known_exactly(capsys):
 
 def test_a_table_for_people(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    main("pairs --lengths 256 --blocks 32 --documents none 64 --rows 1".split())
+    command = "pairs --lengths 256 --blocks 32 --documents none 64 --rows 1"
+    main(command.split())
     printed = capsys.readouterr().out
     assert "documents" in printed and "jax splash" in printed and "To reach" in printed
 
