@@ -119,10 +119,8 @@ def _train_parent(config, work: Path) -> None:
     parent.data.tokenizer = str(folder)
     cfg = _placed(parent, work / "parent")
     last = work / "parent" / "checkpoints" / str(cfg.total_steps)
-    if is_checkpoint(last):
-        print(f"{last} is there: the parent is trained and shipped")
-        return
-    train(cfg)
+    if not is_checkpoint(last):
+        train(cfg)
     convert(last, TINY_AR, Options(to="hf", dtype="bfloat16", overwrite=True))
 
 

@@ -1,0 +1,173 @@
+"""The quickstart's own parts; tests/e2e/test_quickstart.py runs the whole."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import llada2_jax.train
+from llada2_jax import checkpoint, quickstart
+from llada2_jax.config import load_config, model_dict
+from llada2_jax.data.corpus import Corpus, Source
+from llada2_jax.data.documents import split_of
+from llada2_jax.data.packing import TokenizedDocuments
+from llada2_jax.data.tokenizer import train_tokenizer
+from llada2_jax.engine import Completion, Trajectory
+from llada2_jax.hub import load_bundle
+from llada2_jax.model import build
+from llada2_jax.train import starting_bundle
+from llada2_jax.types import SpecialTokens
+from tests.helpers import config as tiny
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+HELD_OUT = [f"m{i}.py" for i in range(1000) if split_of(f"m{i}.py") == "validation"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["def f(x):\n    return x\n"], 270)
+
+
+def completion(tokens, *, accepted, denoise, commits, seconds, trajectory=None) -> Completion:
+    return Completion(
+        text="",
+        tokens=tokens,
+        prompt_tokens=[1],
+        finish_reason="length",
+        denoise_forwards=denoise,
+        commit_forwards=commits,
+        commits=commits,
+        accepted=accepted,
+        seconds=seconds,
+        compile_seconds=9.0,
+        trajectory=trajectory,
+    )
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+def source(length: int, name: str) -> str:
+    """A first third without functions, then one called `name`, and more text."""
+    return "#" * length + f"\ndef {name}(x):\n" + "    x += 1\n" * (length // 8)
+
+
+def prompts_of(folder, tokenizer, count, prompt_tokens=12, new_tokens=8):
+    found = quickstart.held_out_prompts(str(folder), tokenizer, count, prompt_tokens, new_tokens)
+    return [(name, tokenizer.decode(ids), len(ids)) for name, ids in found]
+
+
+def test_prompts_end_with_a_function_of_a_held_out_file(tmp_path, tokenizer):
+    names = [*HELD_OUT[:5], "m0.py", "m1.py"]
+    assert {split_of(name) for name in names[5:]} == {"train"}
+    for name in names:
+        (tmp_path / name).write_text(source(300, f"f_{name[:-3]}"))
+    found = prompts_of(tmp_path, tokenizer, 99)
+    assert [name for name, *_ in found] == sorted(HELD_OUT[:5])
+    for name, text, length in found:
+        assert f"def f_{name[:-3]}(x):".endswith(text[-6:]) and text.endswith("(x):")
+        assert length == 12  # the end of what comes before, as much as was asked for
+    whole = prompts_of(tmp_path, tokenizer, 1, prompt_tokens=1000)[0][1]
+    assert whole == source(300, f"f_{sorted(HELD_OUT)[0][:-3]}").split(":\n")[0] + ":"
+
+
+def test_prompts_are_spread_over_the_files_in_order(tmp_path, tokenizer):
+    for name in HELD_OUT[:5]:
+        (tmp_path / name).write_text(source(300, "f"))
+    names = sorted(HELD_OUT[:5])
+    found = [name for name, *_ in prompts_of(tmp_path, tokenizer, 3)]
+    assert found == [names[0], names[2], names[4]]
+
+
+def test_files_without_a_function_or_without_more_text_give_no_prompt(tmp_path, tokenizer):
+    (tmp_path / HELD_OUT[0]).write_text("x = 1\n" * 100)
+    (tmp_path / HELD_OUT[1]).write_text("#" * 300 + "\ndef f(x):\n    pass\n")
+    (tmp_path / HELD_OUT[2]).write_text("#" * 300 + "\ndef f(x)")
+    (tmp_path / HELD_OUT[3]).write_text(source(300, "f"))
+    assert [name for name, *_ in prompts_of(tmp_path, tokenizer, 9)] == [HELD_OUT[3]]
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def test_rates_are_of_all_completions_together():
+    done = [
+        completion([3] * 10, accepted=12, denoise=6, commits=2, seconds=1.5),
+        completion([3] * 20, accepted=24, denoise=6, commits=4, seconds=0.5),
+    ]
+    assert quickstart._rates(done) == {
+        "tokens_per_forward": 36 / 12,
+        "tokens_per_forward_with_commits": 36 / 18,
+        "tokens_per_second": 30 / 2.0,  # what was asked for, not what was decoded beyond it
+    }
+
+
+def test_a_trajectory_keeps_special_tokens_in_sight(tokenizer):
+    record = Trajectory(np.asarray([1, 0, 2]), np.asarray([0.5, 1.0, 0.75], np.float32))
+    done = completion([70, 71, 1], accepted=3, denoise=3, commits=0, seconds=1, trajectory=record)
+    shown = quickstart._trajectory(done, tokenizer, 0.8)
+    assert shown["tokens"][2] == "<|endoftext|>" and len(shown["tokens"]) == 3
+    assert shown["accepted_at"] == [1, 0, 2] and shown["confidence"] == [0.5, 1.0, 0.75]
+    assert shown["threshold"] == 0.8
+
+
+def test_the_corpus_is_counted_in_documents_tokens_and_bytes():
+    train = TokenizedDocuments(
+        np.asarray([2, 5, 5, 1, 2, 6, 1]), np.arange(2), np.asarray([0, 4, 7])
+    )
+    held_out = TokenizedDocuments(np.asarray([2, 6, 1]), np.arange(1), np.asarray([0, 3]))
+    sizes = np.asarray([0, 0, 0, 1, 1, 3, 10], np.int32)
+    special = SpecialTokens(mask=0, eos=1, pad=1, bos=2)
+    counted = quickstart._describe_corpus(Corpus((Source("a", train, held_out),), sizes, special))
+    assert counted == {
+        "train": {"documents": 2, "tokens": 7, "bytes": 16},
+        "validation": {"documents": 1, "tokens": 3, "bytes": 10},
+    }
+
+
+# -------------------------------------------------------------------------------------- parent
+
+
+def random_params(cfg, seed):
+    """Parameters without compiling an initialiser."""
+    rng, abstract = np.random.default_rng(seed), build(cfg)[1]
+    leaves = {
+        path: rng.standard_normal(leaf.shape).astype(leaf.dtype)
+        for path, leaf in checkpoint.flatten(abstract).items()
+    }
+    return checkpoint.fill_params(abstract, leaves)
+
+
+def test_the_parent_is_trained_once_and_shipped(tmp_path, monkeypatch):
+    """The long run's first stage, which replaces the checkpoint in the package."""
+    folder, shipped, trained = tmp_path / "source", tmp_path / "shipped", []
+    folder.mkdir()
+    (folder / "m0.py").write_text("def f(x):\n    return x\n" * 8)
+    (folder / HELD_OUT[0]).write_text("unseen " * 200)
+    config = load_config(CONFIGS / "quickstart_long.py")
+    model = model_dict(tiny(vocab_size=270))
+    with config.unlocked():
+        config.parent.model = {k: v for k, v in model.items() if v is not None}
+    config.parent.data.source = str(folder)
+
+    def train(cfg):
+        trained.append(cfg)
+        target = Path(cfg.workdir) / "checkpoints" / str(cfg.total_steps)
+        checkpoint.save_model(target, starting_bundle(cfg))
+
+    monkeypatch.setattr(quickstart, "TINY_AR", shipped)
+    monkeypatch.setattr(quickstart, "train", train)
+    monkeypatch.setattr(llada2_jax.train, "init_params", random_params)
+    quickstart._train_parent(config, tmp_path / "run")
+    assert [cfg.workdir for cfg in trained] == [str(tmp_path / "run" / "parent")]
+    bundle = load_bundle(shipped)
+    assert bundle.config.vocab_size == 270 and bundle.special.mask == 0
+    vocabulary = Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"]).get_vocab()
+    assert "de" in vocabulary and "un" not in vocabulary  # the held-out file taught nothing
+    weights = (shipped / "model.safetensors").read_bytes()
+    # A run that was stopped between the last step and shipping ships the same, and trains nothing.
+    shutil.rmtree(shipped)
+    quickstart._train_parent(config, tmp_path / "run")
+    assert (shipped / "model.safetensors").read_bytes() == weights and len(trained) == 1
