@@ -184,11 +184,12 @@ def test_equal_logits_are_won_by_the_lowest_id():
 
 
 def test_bf16_inputs_are_summed_in_fp32():
-    """Within what rounding inputs to bf16 costs, gradients in the dtype of what they belong to."""
-    hidden, head, targets, weights, entropy_weights = example(7)
+    """Over many chunks, within what rounding the matmuls' inputs costs; gradients in the dtype of
+    what they belong to."""
+    hidden, head, targets, weights, entropy_weights = example(7, tokens=16 * TOKENS)
     rounded = hidden.astype(jnp.bfloat16)
     (loss, _), grads = fused(
-        rounded, head, targets, weights, entropy_weights, temperature=1.0, chunk=16, tied=False
+        rounded, head, targets, weights, entropy_weights, temperature=1.0, chunk=1, tied=False
     )
     exact = rounded.astype(jnp.float32), head.astype(jnp.bfloat16).astype(jnp.float32)
     (want, _), want_grads = oracle(*exact, targets, weights, entropy_weights, np.float64(1))
