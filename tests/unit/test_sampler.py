@@ -156,6 +156,27 @@ def test_every_forward_accepts_and_threshold_one_accepts_one(params):
     assert slow.tokens_per_forward_with_commits == pytest.approx(7 / 8)
 
 
+@pytest.mark.parametrize("fuse_commit, forwards", [(False, 8), (True, 7)])
+def test_a_fused_commit_costs_no_forward(params, monkeypatch, fuse_commit, forwards):
+    """Counts what runs, not what the sampler says of itself."""
+    ran, iterate = [], sampler._iterate
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: ran.append(1))
+        return iterate(*arguments)
+
+    monkeypatch.setattr(sampler, "_iterate", counted)
+    cfg = dataclasses.replace(CFG, max_position_embeddings=65)  # a program of its own
+    options = SamplerOptions(
+        block_size=BLOCK, max_new_tokens=7, threshold=1.0, fuse_commit=fuse_commit
+    )
+    generation = generate_tokens(cfg, params, [list(range(10, 19))], SPECIAL, options)
+    jax.effects_barrier()
+    assert len(ran) == forwards
+    assert generation.commits[0] == 1
+    assert generation.tokens_per_forward_with_commits == pytest.approx(7 / forwards)
+
+
 def test_steps_bound_the_forwards_of_a_block(params):
     generation = decode(params, [[1] * 8], threshold=1.0, steps=2, max_new_tokens=8)
     assert generation.denoise_forwards[0] == 4
