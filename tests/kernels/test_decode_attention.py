@@ -17,6 +17,7 @@ from pallas_kernels.block_attention.decode import (
     decode_attention,
     decode_backend,
     gpu,
+    selection,
     tpu,
     xla,
 )
@@ -26,7 +27,7 @@ ROWS, HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 16
 BLOCK, PAGE, CAPACITY = 8, 40, 280  # several chunks of each backend, the last one not whole
 BACKEND = {"tpu": "tpu", "gpu": "gpu"}.get(jax.default_backend())
 
-backends = pytest.mark.parametrize("backend", DECODE_BACKENDS)
+backends = pytest.mark.parametrize("backend", [b for b in DECODE_BACKENDS if b != "auto"])
 kinds = pytest.mark.parametrize("kind", ["contiguous", "paged"])
 
 
@@ -186,8 +187,53 @@ def test_what_does_not_fit_is_named():
         decode_attention(*odd, own, narrow, backend="gpu", interpret=True)
 
 
-def test_decode_backend_follows_the_platform(monkeypatch):
-    for platform, expected in {"cpu": "xla", "tpu": "tpu", "gpu": "gpu"}.items():
-        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        assert decode_backend("auto") == expected
-        assert decode_backend("reference") == "reference"
+def test_the_oracle_takes_toy_sizes_only():
+    q, k, v, own = tokens_under_way(0, [(1,)] * ROWS)
+    long = jnp.zeros((ROWS, KV_HEADS, 4096, HEAD_DIM))
+    cache = ContiguousCache(long, long, jnp.zeros(ROWS, jnp.int32))
+    with pytest.raises(ValueError, match="cache of 4096, at most 2048"):
+        decode_attention(q, k, v, own, cache, backend="reference")
+
+
+def test_a_model_that_trains_on_a_backend_without_decoding_decodes_by_auto():
+    assert decode_backend("splash") == decode_backend("auto") == "auto"
+    assert decode_backend("reference") == "reference"
+
+
+def test_auto_is_xla_on_a_cpu():
+    arguments = *tokens_under_way(1, [(1,)] * ROWS), contiguous(4, [250, 3, 140])
+    if jax.default_backend() == "cpu":
+        auto, xla_ = (decode(*arguments, backend) for backend in ("auto", "xla"))
+        np.testing.assert_array_equal(auto, xla_)
+
+
+class _Device:
+    platform, device_kind = "tpu", "TPU of the test"
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(
+    "fault, chosen", [(None, "tpu"), ("raises", "xla"), ("wrong", "xla"), ("nan", "xla")]
+)
+def test_auto_takes_a_kernel_that_proves_itself(monkeypatch, caplog, paged, fault, chosen):
+    monkeypatch.setattr(jax, "device_put", lambda x, _: x)
+
+    def attend(*arguments, backend):
+        out = decode_attention(*arguments, backend="xla")
+        if backend == "reference" or fault is None:
+            return out
+        if fault == "raises":
+            raise NotImplementedError("no such chip")
+        return out.at[0, 0].set(jnp.nan if fault == "nan" else 1.0)
+
+    with caplog.at_level("INFO", logger=selection.__name__):
+        dtype = jnp.dtype(jnp.bfloat16)
+        assert selection._select(attend, _Device(), 2, 16, dtype, paged) == chosen
+    assert ("not used on TPU of the test" in caplog.text) == (chosen == "xla")
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_the_self_check_passes_a_right_backend(paged):
+    device = jax.local_devices()[0]
+    dtype = jnp.dtype(jnp.float32)
+    assert selection.self_check(decode_attention, "xla", device, 2, 16, dtype, paged) is None

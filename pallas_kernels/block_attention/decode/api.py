@@ -8,37 +8,45 @@ pass over the cache that ends where the row's sequence ends.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.block_attention.api import TOY_KEYS
 from pallas_kernels.block_attention.decode.cache import Cache, ContiguousCache, PagedCache
-from pallas_kernels.block_attention.decode.gpu import decode_gpu
 from pallas_kernels.block_attention.decode.online_softmax import LOG2_E
 from pallas_kernels.block_attention.decode.reference import decode_reference
-from pallas_kernels.block_attention.decode.tpu import decode_tpu
+from pallas_kernels.block_attention.decode.selection import KERNELS, select
 from pallas_kernels.block_attention.decode.xla import decode_xla
 from pallas_kernels.block_layout import PADDING, BlockLayout, allowed
 
+# Pallas takes seconds to import, so each kernel is imported when it is used.
+
+
+def _decode_tpu(*arguments, interpret: bool):
+    from pallas_kernels.block_attention.decode.tpu import decode_tpu
+
+    return decode_tpu(*arguments, interpret=interpret)
+
+
+def _decode_gpu(*arguments, interpret: bool):
+    from pallas_kernels.block_attention.decode.gpu import decode_gpu
+
+    return decode_gpu(*arguments, interpret=interpret)
+
+
 _BACKENDS = {
+    "tpu": _decode_tpu,
+    "gpu": _decode_gpu,
     "xla": decode_xla,
-    "tpu": decode_tpu,
-    "gpu": decode_gpu,
     "reference": decode_reference,
 }
-DECODE_BACKENDS = tuple(_BACKENDS)
+DECODE_BACKENDS = ("auto", *_BACKENDS)
 
 
 def decode_backend(name: str) -> str:
-    """The decode backend for a model's `attention_backend`.
-
-    Names in DECODE_BACKENDS stand for themselves; "auto", and backends that exist for training
-    only, leave it to the platform: "tpu" on TPU, "gpu" on GPU, else "xla".
-    """
-    if name in _BACKENDS:
-        return name
-    platform = jax.default_backend()
-    return platform if platform in _BACKENDS else "xla"
+    """The decode backend for a model's `attention_backend`: "auto" for those that have none
+    ("splash"), the others are themselves."""
+    return name if name in DECODE_BACKENDS else "auto"
 
 
 def decode_attention(
@@ -48,7 +56,7 @@ def decode_attention(
     own: BlockLayout,
     cache: Cache,
     *,
-    backend: str = "xla",
+    backend: str = "auto",
     interpret: bool = False,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Attention of the blocks under way over a KV cache and themselves (§5.4). Forward only.
@@ -62,23 +70,31 @@ def decode_attention(
       q, k, v: of the tokens under way, up to a few hundred a row; heads is a multiple of kv_heads.
       own: where those tokens stand.
       cache: what the row has committed; of any float dtype.
-      backend: one of DECODE_BACKENDS. "reference" is dense: for toy sizes.
+      backend: one of DECODE_BACKENDS. "auto": the platform's kernel if it proves itself on the
+        device at hand (see `selection`), else "xla". "reference" is the dense oracle.
       interpret: run the kernels of "tpu" and "gpu" in Pallas's interpreter (tests).
 
     Returns: the shape and dtype of q; zeros where a query has no key.
-    Raises: ValueError for an unknown backend or for heads and shapes that do not fit.
+    Raises: ValueError for an unknown backend, for heads and shapes that do not fit, and for
+      "reference" beyond a cache of TOY_KEYS.
     """
-    if backend not in _BACKENDS:
+    if backend not in DECODE_BACKENDS:
         raise ValueError(f"decode backend {backend!r}: choose one of {DECODE_BACKENDS}")
     _check(q, k, cache)
+    if backend == "auto":
+        backend = select(decode_attention, q, k, cache)
+    if backend == "reference" and cache.capacity > TOY_KEYS:
+        raise ValueError(
+            f"decode backend 'reference' holds all scores at once: a cache of {cache.capacity}, at "
+            f"most {TOY_KEYS}. Choose 'auto'"
+        )
     mask = allowed(own, own)
     real = own.segment != PADDING
     k, v = (jnp.where(real[..., None, None], x, jnp.zeros((), x.dtype)) for x in (k, v))
     cache = _only_what_is_read(cache, real.any(-1))
-    run = _BACKENDS[backend]
-    kernel_options = {"interpret": interpret} if backend in ("tpu", "gpu") else {}
+    options = {"interpret": interpret} if backend in KERNELS else {}
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    out = run(_stack(q, k.shape[2]), keys, values, mask, cache, **kernel_options)
+    out = _BACKENDS[backend](_stack(q, k.shape[2]), keys, values, mask, cache, **options)
     out = _unstack(out.astype(q.dtype), q.shape)
     return jnp.where(real[..., None, None], out, jnp.zeros((), q.dtype))
 
