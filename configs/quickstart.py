@@ -55,6 +55,7 @@ def get_config():
             "prompt_tokens": 96,
             "max_new_tokens": 96,
             "thresholds": (0.95, 0.9, 0.8, 0.6),
+            "rounds": 3,
             "speed_tokens": 512,
         }
     )

@@ -2,9 +2,9 @@
 
     llada2 quickstart --config=configs/quickstart_long.py
 
-Trains the parent from scratch first (and replaces the shipped one), then converts it with ten times
-the quickstart's tokens. Hours on two CPU cores; stop and start it as you like, every stage resumes.
-The committed report is docs/quickstart-long/report.md.
+Trains the parent from scratch first (and replaces the shipped one), then converts it with
+nine times the quickstart's tokens. Hours on two CPU cores; stop and start it as you like, every
+stage resumes. The committed report is docs/quickstart-long/report.md.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ def get_config():
     config.conversion = load_config(HERE / "tiny_wsd.py")
     config.merge_top_k = 4
     config.report.eval_rows = 128
-    config.report.eval_samples = 1
+    config.report.eval_samples = 4
     config.report.exact_rows = 8
     config.report.prompts = 8
     config.report.max_new_tokens = 128

@@ -16,6 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from llada2_jax import quickstart_report
 from llada2_jax.assets import TINY_AR
@@ -32,7 +33,7 @@ from llada2_jax.merge import merge_checkpoints, select_best
 from llada2_jax.metrics import read_metrics
 from llada2_jax.sampler import compile_count
 from llada2_jax.train import MISTAKES, parse_flags, train
-from llada2_jax.train_step import evaluate, make_eval_step
+from llada2_jax.train_step import RowScores, make_eval_step, score_rows
 from llada2_jax.types import Batch
 
 
@@ -40,7 +41,8 @@ from llada2_jax.types import Batch
 class ReportConfig:
     """eval_rows, eval_samples: validation rows and Monte Carlo draws of the final figures.
     exact_rows: rows of the check of the bound at block size 1. prompts, prompt_tokens,
-    max_new_tokens: completions of held-out functions. speed_tokens: length of the speed test."""
+    max_new_tokens: completions of held-out functions. rounds: timings of each threshold, in turns;
+    the median counts. speed_tokens: length of the speed test."""
 
     eval_rows: int
     eval_samples: int
@@ -50,7 +52,12 @@ class ReportConfig:
     prompt_tokens: int
     max_new_tokens: int
     thresholds: tuple[float, ...]
+    rounds: int
     speed_tokens: int
+
+
+TARGET_BLOCK_SIZE = 32
+"""What the conversion decodes with (§5.4)."""
 
 
 def say(text: str) -> None:
@@ -96,7 +103,9 @@ def run(config: Any) -> Path:
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict:
-    return {k: v for k, v in config.to_dict().items() if k != "parent"}
+    """The config without what the run does not use."""
+    unused = () if config.train_parent else ("parent",)
+    return {k: v for k, v in config.to_dict().items() if k not in unused}
 
 
 def _placed(config: ml_collections.ConfigDict, workdir: Path) -> TrainConfig:
@@ -164,29 +173,46 @@ def _measure_likelihood(
     """Bits per byte on the same validation bytes: AR, and the diffusion models by block size."""
     batches = corpus.validation_batches(cfg.data, report.eval_rows, 8)
 
-    def score(bundle: ModelBundle, objective: str, block_size: int) -> dict[str, float]:
+    steps: dict[str, Callable] = {}
+
+    def score(bundle: ModelBundle, objective: str, block_size: int) -> RowScores:
         contexts = validation_contexts(
             block_size, bundle.special.mask, 1 if objective == "ar" else report.eval_samples
         )
         step = steps.setdefault(objective, make_eval_step(bundle.config, objective))
-        scores = evaluate(step, bundle.params, batches, contexts, corpus.token_bytes)
-        return scores
+        return score_rows(step, bundle.params, batches, contexts, corpus.token_bytes)
 
-    steps: dict[str, Callable] = {}
     parent = load_model(TINY_AR, dtype=best.config.dtype, param_dtype="float32")
-    table = {
-        "AR parent": {"ar": score(parent, "ar", 1)},
-        "AR continued": {"ar": score(ar, "ar", 1)},
+    sizes = report.block_sizes
+    jobs = [
+        ("AR parent", parent, "ar", 1),
+        ("AR continued", ar, "ar", 1),
+        *(("best single", best, "bdlm", size) for size in sizes),
+        *(("merged", merged, "bdlm", size) for size in sizes),
+        ("parent before conversion", parent, "bdlm", TARGET_BLOCK_SIZE),
+    ]
+    scores: dict[str, dict[str, RowScores]] = {}
+    for name, bundle, objective, size in tqdm(jobs, desc="bits per byte", disable=None):
+        column = "ar" if objective == "ar" else str(size)
+        scores.setdefault(name, {})[column] = score(bundle, objective, size)
+    results["bits_per_byte"] = {
+        name: {column: rows.figures() for column, rows in row.items()}
+        for name, row in scores.items()
     }
-    for name, bundle in (("best single", best), ("merged", merged)):
-        table[name] = {str(b): score(bundle, "bdlm", b) for b in report.block_sizes}
-    table["parent before conversion"] = {"32": score(parent, "bdlm", 32)}
-    results["bits_per_byte"] = table
-    for name, row in table.items():
+    for name, row in results["bits_per_byte"].items():
         print(f"{name:>26}: ", {k: round(v["bits_per_byte"], 3) for k, v in row.items()})
+    results["merge"]["gain"] = {
+        column: _difference(rows, scores["best single"][column])
+        for column, rows in scores["merged"].items()
+    }
     rows = jax.tree.map(lambda x: x[: report.exact_rows], batches[0])
     results["exact_check"] = _exact_check(merged, rows)
     print(f"bound at block size 1 against the left-to-right chain: {results['exact_check']}")
+
+
+def _difference(a: RowScores, b: RowScores) -> dict[str, float]:
+    bits, error = a.minus(b)
+    return {"bits_per_byte": bits, "stderr": error}
 
 
 def _exact_check(bundle: ModelBundle, batch: Batch) -> dict[str, float]:
@@ -245,39 +271,50 @@ def _measure_generation(results, report: ReportConfig, cfg: TrainConfig, merged)
         cfg.data.source, tokenizer, report.prompts, report.prompt_tokens, report.max_new_tokens
     )
     ids = [p for _, p in prompts]
-    rows, samples = [], []
-    for threshold in report.thresholds:
-        options = {"threshold": threshold, "max_new_tokens": report.max_new_tokens}
-        engine.generate(ids, **options)  # compiles
-        done = engine.generate(ids, trajectory=True, **options)
-        rows.append({"threshold": threshold, **_rates(done)})
-        print({k: round(v, 3) for k, v in rows[-1].items()})
-        samples.append([c.text for c in done])
-        if threshold == report.thresholds[len(report.thresholds) // 2]:
-            results["trajectory"] = _trajectory(done[0], tokenizer, threshold)
+
+    def complete(threshold: float) -> list[Completion]:
+        return engine.generate(
+            ids, trajectory=True, threshold=threshold, max_new_tokens=report.max_new_tokens
+        )
+
+    complete(report.thresholds[0])  # compiles; the threshold is data
+    turns = [t for _ in range(report.rounds) for t in report.thresholds]
+    done: dict[float, list[Completion]] = {}
+    speeds: dict[float, list[float]] = {t: [] for t in report.thresholds}
+    for threshold in tqdm(turns, desc="completions", disable=None):
+        done[threshold] = complete(threshold)
+        speeds[threshold].append(_tokens_per_second(done[threshold]))
+    rows = [
+        {"threshold": t, **_tokens_per_forward(done[t]), "tokens_per_second": speeds[t]}
+        for t in report.thresholds
+    ]
+    for row in rows:
+        print({k: np.round(v, 3).tolist() for k, v in row.items()})
+    middle = report.thresholds[len(report.thresholds) // 2]
+    results["trajectory"] = _trajectory(done[middle][0], tokenizer, middle)
     results["generation"] = rows
     results["samples"] = [
         {
             "file": name,
             "prompt": tokenizer.decode(prompt),
-            "completions": {
-                str(t): texts[i] for t, texts in zip(report.thresholds, samples, strict=True)
-            },
+            "completions": {str(t): done[t][i].text for t in report.thresholds},
         }
         for i, (name, prompt) in enumerate(prompts)
     ]
 
 
-def _rates(done: Sequence[Completion]) -> dict[str, float]:
+def _tokens_per_forward(done: Sequence[Completion]) -> dict[str, float]:
     accepted = sum(c.accepted for c in done)
     denoise = sum(c.denoise_forwards for c in done)
     commits = sum(c.commit_forwards for c in done)
-    seconds = sum(c.seconds for c in done)
     return {
         "tokens_per_forward": accepted / denoise,
         "tokens_per_forward_with_commits": accepted / (denoise + commits),
-        "tokens_per_second": sum(len(c.tokens) for c in done) / seconds,
     }
+
+
+def _tokens_per_second(done: Sequence[Completion]) -> float:
+    return sum(len(c.tokens) for c in done) / sum(c.seconds for c in done)
 
 
 def _trajectory(done: Completion, tokenizer: Tokenizer, threshold: float) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import numpy as np  # noqa: E402
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9661f", "#8a8a8a"
 
+SAMPLES = 4  # completions printed in report.md
+
 GRAD_NORMS = ("conversion", "grad_norm_by_rate")  # absent where eval.rate_buckets is 0
 
 
@@ -172,7 +174,11 @@ def _plot_thresholds(results):
     axes.set_ylabel("tokens per forward")
     right = axes.twinx()
     right.plot(
-        thresholds, [r["tokens_per_second"] for r in rows], "s-", color=ORANGE, label="tokens/s"
+        thresholds,
+        [np.median(r["tokens_per_second"]) for r in rows],
+        "s-",
+        color=ORANGE,
+        label="tokens/s (median)",
     )
     right.set_ylabel("tokens/s")
     handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
@@ -201,6 +207,7 @@ def _markdown(results: dict[str, Any]) -> str:
         f"`llada2 quickstart`, {results['seconds'] / 60:.1f} minutes in the call that wrote this "
         f"(stages found finished are not run again). {_machine(results)}",
         _corpus(results),
+        _parent_section(results),
         "## Loss through the phases\n\n![loss](loss.png)\n\n"
         "Each phase has its own objective, so losses compare only within a phase.",
         *_grad_norm_section(results),
@@ -226,6 +233,31 @@ def _corpus(results) -> str:
     return "The Python standard library's source, split by path hash.\n\n" + head + "\n".join(rows)
 
 
+def _parent_section(results) -> str:
+    """Training losses at both ends of the autoregressive runs."""
+    names = {"parent": "trained from scratch", "ar": "the shipped parent, continued"}
+    lines = []
+    for run, name in names.items():
+        train = _lines(results, run, "train")
+        if train:
+            loss, some = [m["loss"] for m in train], max(1, len(train) // 10)
+            lines.append(
+                f"| {name} | {train[-1]['tokens']:,} | {np.mean(loss[:some]):.3f} "
+                f"| {np.mean(loss[-some:]):.3f} |"
+            )
+    head = "| run | clean tokens | loss of the first tenth of its steps | of the last tenth |\n"
+    return (
+        "## The autoregressive parent\n\n"
+        + head
+        + "|---|---|---|---|\n"
+        + "\n".join(lines)
+        + "\n\n"
+        "Training loss in nats a token, each step on its own rows. The shipped parent had ended "
+        "its learning-rate schedule: a short continuation at a small rate shows that training "
+        "runs, and moves validation (below) by its noise only."
+    )
+
+
 def _grad_norm_section(results) -> list[str]:
     if not _lines(results, *GRAD_NORMS):
         return []
@@ -249,12 +281,17 @@ def _bits_section(results) -> str:
     best = ", ".join(
         f"{s}: {b:.4f}" for s, b in zip(merge["steps"], merge["bits_per_byte"], strict=True)
     )
+    gain = ", ".join(
+        f"{g['bits_per_byte']:+.4f} ± {g['stderr']:.4f} at {block}"
+        for block, g in merge["gain"].items()
+    )
     return (
         "## Bits per byte\n\nAll on the same validation bytes; ± is the standard error over rows, "
         "which the rows shared by all models mostly have in common.\n\n"
         + "\n".join(lines)
         + "\n\n![bits per byte](bits_per_byte.png)\n\n"
-        f"Merged: steps {best} (kind `{merge['kind']}`).\n\n"
+        f"Merged: steps {best} (kind `{merge['kind']}`). Merged minus best single, with the "
+        f"standard error over the rows they share: {gain}.\n\n"
         f"Check: over {check['tokens']} tokens the bound at block size 1 is "
         f"{check['bound_nats']:.3f} nats, the model's own left-to-right likelihood through the "
         f"decoding cache {check['chain_nats']:.3f}; largest difference of a token "
@@ -264,11 +301,11 @@ def _bits_section(results) -> str:
 
 def _generation_section(results) -> str:
     lines = [
-        "| threshold | tokens/forward | with commits | tokens/s |",
+        "| threshold | tokens/forward | with commits | tokens/s: median (lowest, highest) |",
         "|---|---|---|---|",
         *(
             f"| {r['threshold']} | {r['tokens_per_forward']:.2f} "
-            f"| {r['tokens_per_forward_with_commits']:.2f} | {r['tokens_per_second']:.0f} |"
+            f"| {r['tokens_per_forward_with_commits']:.2f} | {_spread(r['tokens_per_second'])} |"
             for r in results["generation"]
         ),
     ]
@@ -277,6 +314,10 @@ def _generation_section(results) -> str:
         + "\n".join(lines)
         + "\n\n![thresholds](thresholds.png)\n\n![trajectory](trajectory.png)"
     )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{np.median(values):.0f} ({min(values):.0f}, {max(values):.0f})"
 
 
 def _speed_section(results) -> str:
@@ -295,7 +336,10 @@ def _speed_section(results) -> str:
 
 def _samples_section(results) -> str:
     parts = ["## Completions of held-out functions"]
-    for sample in results["samples"][:4]:
+    shown = results["samples"][:SAMPLES]
+    if len(shown) < len(results["samples"]):
+        parts.append(f"{len(shown)} of {len(results['samples'])}; report.json has all.")
+    for sample in shown:
         parts.append(f"### `{sample['file']}`\n\nPrompt:\n\n```python\n{sample['prompt']}\n```")
         for threshold, text in sample["completions"].items():
             parts.append(f"Threshold {threshold}:\n\n```python\n{text}\n```")

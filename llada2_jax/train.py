@@ -44,13 +44,13 @@ from llada2_jax.train_checkpoints import TrainCheckpoints
 from llada2_jax.train_step import (
     TrainState,
     begin_phase,
-    evaluate,
     init_state,
     make_context,
     make_eval_step,
     make_grad_norms_by_rate,
     make_train_step,
     roll_back,
+    score_rows,
 )
 from llada2_jax.types import Batch, ModelConfig
 
@@ -137,14 +137,14 @@ class Run:
             objective, block_size = "bdlm", target
         if objective not in self.evals:
             self.evals[objective] = make_eval_step(self.bundle.config, objective)
-        scores = evaluate(
+        scores = score_rows(
             self.evals[objective],
             self.state.model_params,
             self.validation,
             validation_contexts(block_size, self.bundle.special.mask, self.cfg.eval.samples),
             self.corpus.token_bytes,
         )
-        return {"kind": f"{phase.name}:{objective}-{block_size}", **scores}
+        return {"kind": f"{phase.name}:{objective}-{block_size}", **scores.figures()}
 
 
 def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") -> ModelBundle:

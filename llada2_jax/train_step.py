@@ -269,34 +269,49 @@ def make_grad_norms_by_rate(
     return norms
 
 
-def evaluate(
+@dataclasses.dataclass(frozen=True)
+class RowScores:
+    """Validation of fixed rows, one entry a row: fp64 nats and bytes; tokens: their number."""
+
+    nats: np.ndarray
+    bytes: np.ndarray
+    tokens: float
+
+    def figures(self) -> dict[str, float]:
+        """Nats a token and bits a byte, with the latter's standard error over rows."""
+        bits, error = _bits_per_byte(self.nats, self.bytes)
+        nats = float(self.nats.sum() / self.tokens)
+        return {"nats_per_token": nats, "bits_per_byte": bits, "bits_per_byte_stderr": error}
+
+    def minus(self, other: RowScores) -> tuple[float, float]:
+        """Difference in bits a byte on the same rows, and the standard error of the difference."""
+        return _bits_per_byte(self.nats - other.nats, self.bytes)
+
+
+def _bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """The ratio of two sums over rows, and its standard error by linearisation."""
+    bits = nats / np.log(2)
+    ratio = bits.sum() / sizes.sum()
+    error = np.std(bits - ratio * sizes, ddof=1) * np.sqrt(len(sizes)) / sizes.sum()
+    return float(ratio), float(error)
+
+
+def score_rows(
     step: Callable[[Params, Batch, Context], LossOutput],
     params: Params,
     batches: list[Batch],
     contexts: list[Context],
     token_bytes: np.ndarray,
-) -> dict[str, float]:
-    """Validation over fixed rows: nats a token and bits a byte, with the latter's standard error
-    over rows.
+) -> RowScores:
+    """Scores fixed rows.
 
     The first token of every segment is left out of loss_mask by the caller, so that AR and block
     diffusion are scored on the same tokens and bytes. contexts: one for each Monte Carlo draw.
     """
-    total, weight = np.float64(0), np.float64(0)
-    nats, sizes = [], []
+    weight, nats, sizes = 0.0, [], []
     for batch in batches:
         outputs = [step(params, batch, context) for context in contexts]
-        row_nats = np.mean([np.asarray(o.nll, np.float64).sum(1) for o in outputs], axis=0)
-        nats.append(row_nats)
+        nats.append(np.mean([np.asarray(o.nll, np.float64).sum(1) for o in outputs], axis=0))
         sizes.append((token_bytes[batch.tokens] * batch.loss_mask).sum(1))
-        total += row_nats.sum()
-        weight += np.float64(outputs[0].loss.weight)
-    nats, sizes = np.concatenate(nats), np.concatenate(sizes).astype(np.float64)
-    bits = nats / np.log(2)
-    ratio = bits.sum() / sizes.sum()
-    error = np.std(bits - ratio * sizes, ddof=1) * np.sqrt(len(sizes)) / sizes.sum()
-    return {
-        "nats_per_token": float(total / weight),
-        "bits_per_byte": float(ratio),
-        "bits_per_byte_stderr": float(error),
-    }
+        weight += float(outputs[0].loss.weight)
+    return RowScores(np.concatenate(nats), np.concatenate(sizes).astype(np.float64), weight)

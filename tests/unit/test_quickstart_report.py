@@ -35,7 +35,12 @@ def results(*, rate_buckets: int):
             "best single": by_block,
             "merged": by_block,
         },
-        "merge": {"kind": "decay-32:bdlm-4", "steps": [9, 8], "bits_per_byte": [2.0, 2.1]},
+        "merge": {
+            "kind": "decay-32:bdlm-4",
+            "steps": [9, 8],
+            "bits_per_byte": [2.0, 2.1],
+            "gain": {"4": {"bits_per_byte": -0.0125, "stderr": 0.002}},
+        },
         "exact_check": {
             "tokens": 10,
             "bound_nats": 40.0,
@@ -47,7 +52,7 @@ def results(*, rate_buckets: int):
                 "threshold": threshold,
                 "tokens_per_forward": 1.5,
                 "tokens_per_forward_with_commits": 1.4,
-                "tokens_per_second": 99.0,
+                "tokens_per_second": [99.0, 101.0, 90.0],
             }
             for threshold in (0.9, 0.5)
         ],
@@ -72,7 +77,8 @@ def test_the_report_shows_what_was_measured(tmp_path):
     assert plots == [f"{name}.png" for name in names]
     assert all(f"]({plot})" in text for plot in plots)
     assert "| merged | diffusion bound, 32 | 2.0000 ± 0.1000 | 4.0000 |" in text
-    assert "| 0.5 | 1.50 | 1.40 | 99 |" in text
+    assert "-0.0125 ± 0.0020 at 4" in text
+    assert "| 0.5 | 1.50 | 1.40 | 99 (90, 101) |" in text
     assert "4.00 times as long" in text and "waited for input: 1.23%" in text
     figures = json.loads((tmp_path / "report.json").read_text())
     assert [line["phase"] for line in figures["validation"]["conversion"]] == list(PHASES)
