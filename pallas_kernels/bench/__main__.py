@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     memory.add_argument("--chip", default="v5e", choices=TOPOLOGIES)
     memory.add_argument("--model", default="mini", choices=ATTENTION, help="heads of")
-    memory.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096, 8192], metavar="L")
+    memory.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384], metavar="L")
     memory.add_argument("--backends", nargs="+", default=["tpu", "splash", "xla"],
                         choices=["tpu", "splash", "xla"])  # fmt: skip
 

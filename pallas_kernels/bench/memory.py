@@ -23,16 +23,17 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
 def measure(chip: str, model: str, lengths: Sequence[int], backends: Sequence[str]) -> list[Record]:
     """One record a backend and length: MiB, and how they grew since the length before.
 
-    growth: the exponent p in bytes ~ L**p between this length and the one before; 1 is linear.
+    growth: the exponent p in bytes ~ L**p between this length and the one before; 1 is linear. What
+    the compiler keeps in VMEM does not count: short rows may need nothing else.
     """
     device, records = tpu_device(chip), []
     for backend in backends:
-        before = None
+        before: tuple[int, int] | None = None
         for length in sorted(lengths):
             function, arguments = training_attention(BACKENDS[backend], ATTENTION[model], length)
             size = compile_for(device, function, *arguments).temporaries
             record: Record = {"backend": backend, "L": length, "MiB": size / 2**20}
-            if before is not None:
+            if before and before[1] and size:
                 record["growth"] = _exponent(before, (length, size))
             records.append(record)
             before = length, size

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from pallas_kernels import aot
 from pallas_kernels.bench import contenders, memory, pairs, timing
 from pallas_kernels.bench.__main__ import main
 from pallas_kernels.block_layout import allowed
@@ -41,8 +42,16 @@ def test_a_table_for_people(capsys, monkeypatch):
     assert "documents" in printed and "jax splash" in printed and "To reach" in printed
 
 
-def test_growth_is_the_exponent():
-    assert memory._exponent((1024, 100), (4096, 1600)) == pytest.approx(2)
+def test_memory_reports_growth_where_there_is_something_to_grow(monkeypatch):
+    def compile_for(device, function, q, *_):
+        size = q.shape[1] ** 2 if q.shape[1] > 1024 else 0  # all in VMEM
+        return aot.Compiled(seconds=1.0, temporaries=size)
+
+    monkeypatch.setattr(memory, "tpu_device", lambda chip: None)
+    monkeypatch.setattr(memory, "compile_for", compile_for)
+    records = memory.measure("v5e", "tiny", [4096, 512, 1024], ["tpu", "xla"])
+    assert [r["L"] for r in records] == [512, 1024, 4096] * 2
+    assert [r.get("growth") for r in records] == [None, None, pytest.approx(2)] * 2
 
 
 def test_time_compares_and_survives_a_contender_that_fails(capsys, monkeypatch):
