@@ -27,6 +27,15 @@ def pytest_configure() -> None:
         )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _release_programs():
+    """Unloads what a module compiled. Every program on the CPU holds memory maps; a process may have
+    65530 (vm.max_map_count), and the one too many is a segmentation fault while loading the next.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_goldens() -> Path:
     """The folder of golden checkpoints: llada2_tiny and llada2_tiny_yarn.
