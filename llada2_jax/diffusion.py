@@ -79,15 +79,18 @@ def _group_uniform(batch: Batch, start, block_size, cfg: NoiseConfig, seed: int,
     """One uniform number a group, equal for all its tokens.
 
     With low discrepancy the blocks of a document step around the circle by the golden ratio from
-    the document's own random origin, so that they cover all rates evenly.
+    the document's own random origin, so that they cover all rates evenly. A group that spans
+    documents (data.document_mask=False) belongs to the one of its first token.
     """
-    rows = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
-    group_start = batch.document_positions - (rows - start)
-    index = -(-group_start // block_size)
+    document, visit, position = (
+        jnp.take_along_axis(x, start, 1)
+        for x in (batch.document_ids, batch.visits, batch.document_positions)
+    )
+    index = -(-position // block_size)
     draws = jnp.full_like(index, draw)
     if not cfg.low_discrepancy:
-        return _unit(_bits(seed, 0, batch.document_ids, batch.visits, draws, index))
-    origin = _bits(seed, 0, batch.document_ids, batch.visits, draws)
+        return _unit(_bits(seed, 0, document, visit, draws, index))
+    origin = _bits(seed, 0, document, visit, draws)
     return _unit(origin + index.astype(jnp.uint32) * jnp.uint32(_GOLDEN))
 
 

@@ -59,12 +59,20 @@ def test_a_document_split_over_rows_keeps_drawing():
     anchor=st.sampled_from(["document", "row"]),
     mask=st.lists(st.booleans(), min_size=8, max_size=8),
     cut=st.integers(1, 8),
+    documents=st.lists(st.integers(0, 2), min_size=8, max_size=8).map(sorted),
 )
 def test_count_draw_masks_at_least_one_token_a_group_and_only_supervised_ones(
-    size, group, anchor, mask, cut
+    size, group, anchor, mask, cut, documents
 ):
+    """Documents may also change inside a segment, as under data.document_mask=False."""
     segments = np.where(np.arange(8) < cut, 1, 2)[None]
-    batch = make_batch([list(range(8))], segments, loss_mask=[mask])
+    batch = make_batch(
+        [list(range(8))], segments, loss_mask=[mask], document_ids=2 * segments + [documents]
+    )
+    fragments = make_batch([documents], batch.document_ids)
+    batch = dataclasses.replace(
+        batch, document_positions=fragments.positions, visits=batch.document_ids % 2
+    )
     out = noise(batch, size, anchor, group=group)[0]
     block = np.asarray(block_index(batch.positions, size, anchor))[0]
     groups = {}
