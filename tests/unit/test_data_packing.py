@@ -140,7 +140,7 @@ def test_prompts_are_not_learned_and_padding_follows_the_end():
 
 
 def test_pieces_of_a_prompt_alone_are_left_out():
-    rows = rows_of(Fake([100, 40], [70, 35]), long_documents="split")
+    rows = rows_of(Fake([100, 40], [64, 35]), long_documents="split")
     assert rows.report() | {"fill": 0} == {
         "documents": 2, "rows": 2, "fill": 0, "skipped": 0, "split": 2, "prompt_only": 3,
     }  # fmt: skip

@@ -208,13 +208,15 @@ def test_seqio_tasks_and_mixtures(tmp_path):
         )
     seqio.MixtureRegistry.add("llada2_mixture", [("llada2_a", 1), ("llada2_b", 3)])
     wanted = [[ord("?") + 3, *(b + 3 for b in t.encode())] for t in texts(20)]
-    for name, times in (("llada2_a", 1), ("llada2_mixture", 2)):
+    for name in ("llada2_a", "llada2_mixture"):
         options = {"content": "tokens", "field": "targets", "prompt_field": "inputs"}
         task = job(f":{name}", source={"format": "seqio"}, validation=0.0, **options)
         prepare(task, tmp_path / name, processes=1)
         documents = PreparedDocuments(tmp_path / name, "train")
         found = [documents.read(i, 0, int(n)) for i, n in enumerate(documents.lengths)]
-        assert sorted(t.tolist() for t, _ in found) == sorted(wanted * times)
+        # A mixture keeps its rates: it ends with the first of its tasks, here the second.
+        assert set(map(tuple, wanted)) == {tuple(t.tolist()) for t, _ in found}
+        assert len(found) == 20 if name == "llada2_a" else 20 < len(found) < 35
         assert all(w.tolist() == [0.0] + [1.0] * (len(w) - 1) for _, w in found)
         prepare(task, tmp_path / "again" / name, processes=1)
         assert contents(tmp_path / "again" / name) == contents(tmp_path / name)
