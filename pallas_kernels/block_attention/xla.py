@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_layout import CLEAN, BlockLayout, allowed
+from pallas_kernels.block_layout import CLEAN, PADDING, BlockLayout, allowed
 
 _MASKED = -1e30  # finite, so that a query without keys has no NaN on the way to its zeros
 
@@ -31,6 +31,8 @@ def attend_xla(
       q: queries, laid out as `queries`.
       parts: (keys, values, layout), any number of [batch, keys, kv_heads, head_dim] pairs.
     """
+    q = _hide_padding(q, queries)
+    parts = [(_hide_padding(k, at), _hide_padding(v, at), at) for k, v, at in parts]
     parts = [single for part in parts for single in _spans(*part)]
     outputs, start = [], 0
     for layout in queries.split():
@@ -39,6 +41,11 @@ def attend_xla(
         outputs.append(_attend(q[:, start : start + length], seen, layout))
         start += length
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _hide_padding(x, layout):
+    """Zeros where there is no document: what padding holds may be NaN, and 0 * NaN is NaN."""
+    return jnp.where((layout.segment != PADDING)[:, :, None, None], x, jnp.zeros((), x.dtype))
 
 
 def _spans(k, v, layout):
