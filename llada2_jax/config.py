@@ -384,8 +384,12 @@ _POSITIVE = (
     "spikes.window",
     "log_every",
 )
-
-
+_FRACTIONS = (
+    "data.random_length_fraction",
+    "optimizer.warmup_fraction",
+    "optimizer.decay_fraction",
+    "optimizer.final_fraction",
+)
 _NOT_NEGATIVE = (
     "schedule.ar_tokens",
     "schedule.warmup_tokens",
@@ -394,6 +398,9 @@ _NOT_NEGATIVE = (
     "schedule.total_tokens",
     "eval.every_tokens",
     "eval.rate_buckets",
+    "eval.target_block_size",
+    "embedding_noise.sigma",
+    "embedding_noise.tokens",
     "checkpoint.every_tokens",
     "checkpoint.keep_best",
     "checkpoint.keep_every_tokens",
@@ -424,12 +431,16 @@ def _check(cfg: TrainConfig) -> None:
     for path in _NOT_NEGATIVE:
         value = _get(cfg, path)
         _require(value >= 0, f"config.{path}={value!r} must not be negative")
+    for path in _FRACTIONS:
+        value = _get(cfg, path)
+        _require(0 <= value <= 1, f"config.{path}={value!r} must be from 0 to 1")
     _require(bool(cfg.workdir), "config.workdir is empty: say where the run's files go")
     _require(bool(cfg.phases), "config.schedule has no stage with tokens: nothing to train")
     _require(
         bool(cfg.init.checkpoint) != bool(cfg.model),
         "set exactly one of config.init.checkpoint (start from it) and config.model (from scratch)",
     )
+    _check_init(cfg)
     _require(
         cfg.data.rows_per_step % cfg.optimizer.accumulate == 0,
         f"config.data.rows_per_step={cfg.data.rows_per_step} is not a multiple of "
@@ -445,6 +456,16 @@ def _check(cfg: TrainConfig) -> None:
         cfg.noise.draw == "bernoulli" or full_range,
         "config.noise.t_min and t_max belong to draw='bernoulli'; the count draw covers (0, 1]",
     )
+    noise, row, target = cfg.embedding_noise, cfg.data.row_length, cfg.eval.target_block_size
+    _require(
+        (noise.sigma > 0) == (noise.tokens > 0),
+        f"config.embedding_noise: sigma={noise.sigma} and tokens={noise.tokens} belong together: "
+        "set both, or neither",
+    )
+    _require(
+        not target or row % target == 0,
+        f"config.eval.target_block_size={target} must divide config.data.row_length={row}",
+    )
     schedule = cfg.schedule
     for stage in ("warmup", "decay"):
         blocks, tokens = getattr(schedule, f"{stage}_blocks"), getattr(schedule, f"{stage}_tokens")
@@ -456,6 +477,22 @@ def _check(cfg: TrainConfig) -> None:
                 1 <= block <= cfg.data.row_length and cfg.data.row_length % block == 0,
                 f"{where}_blocks: {block} must divide config.data.row_length={cfg.data.row_length}",
             )
+
+
+def _check_init(cfg: TrainConfig) -> None:
+    """What one way to start reads, the other does not."""
+    _require(
+        not (cfg.init.checkpoint and cfg.data.tokenizer),
+        f"config.data.tokenizer={cfg.data.tokenizer!r} is not read where config.init.checkpoint "
+        "is set: the checkpoint has its own",
+    )
+    for name in ("mask_embedding", "mask_id"):
+        value = getattr(cfg.init, name)
+        _require(
+            not cfg.model or value == getattr(InitConfig, name),
+            f"config.init.{name}={value!r} is not read where config.model is set: it belongs to "
+            "config.init.checkpoint",
+        )
 
 
 def _check_data(cfg: TrainConfig) -> None:
@@ -471,6 +508,12 @@ def _check_data(cfg: TrainConfig) -> None:
         f"config.data.sources={data.sources}, or ()",
     )
     if data.packing == "concat":
+        _require(
+            data.pad_multiple == default.pad_multiple
+            and data.long_documents == default.long_documents,
+            "config.data.pad_multiple and config.data.long_documents belong to "
+            "config.data.packing='best_fit'",
+        )
         return
     _require(
         data.document_mask == default.document_mask

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from llada2_jax import quickstart_report
 from llada2_jax.assets import TINY_AR
 from llada2_jax.checkpoint import ModelBundle, is_checkpoint
-from llada2_jax.config import TrainConfig, validate
+from llada2_jax.config import ConfigError, TrainConfig, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.documents import Document, documents
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
@@ -383,6 +383,15 @@ Writes report.md, report.json and plots into the workdir. Exit status: 0, or 1 w
 """
 
 
+def _check_overrides(config: Any, argv: list[str]) -> None:
+    """A parent that ships is not trained: nothing may pretend to change how."""
+    if not config.train_parent and any(a.lstrip("-").startswith("config.parent.") for a in argv):
+        raise ConfigError(
+            "config.parent is not read where config.train_parent=False: the parent that ships is "
+            "used; add --config.train_parent to train another"
+        )
+
+
 def main(argv: list[str]) -> int:
     """`llada2 quickstart`."""
     if {"-h", "--help"} & set(argv):
@@ -393,6 +402,7 @@ def main(argv: list[str]) -> int:
         if values.print_config:
             print(values.config)
             return 0
+        _check_overrides(values.config, argv)
         run(values.config)
     except MISTAKES as error:
         print(f"llada2 quickstart: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ from llada2_jax.config import ConfigError, Phase, TrainConfig, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
 from llada2_jax.evals.likelihood import validation_contexts
-from llada2_jax.hub import load_model
+from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.config import config_to_hf, special_tokens
 from llada2_jax.hub.huggingface import read_tokenizer_files
 from llada2_jax.metrics import MetricLogger
@@ -67,12 +67,14 @@ def starting_bundle(cfg: TrainConfig) -> ModelBundle:
     runtime = dataclasses.asdict(cfg.runtime)
     if cfg.init.checkpoint:
         mask_id = cfg.init.mask_id if cfg.init.mask_id >= 0 else None
+        _check_length(cfg, load_bundle(cfg.init.checkpoint, mask_id=mask_id).config)
         bundle = load_model(cfg.init.checkpoint, mask_id=mask_id, **runtime)
         return _describe(_initialise_mask(bundle, cfg), cfg)
     try:
         model = ModelConfig(**cfg.model, **runtime)
     except TypeError as error:
         raise ConfigError(f"config.model: {error}") from error
+    _check_length(cfg, model)
     files = read_tokenizer_files(Path(cfg.data.tokenizer))
     if "tokenizer.json" not in files:
         raise ConfigError(f"config.data.tokenizer={cfg.data.tokenizer!r} holds no tokenizer.json")
@@ -80,6 +82,14 @@ def starting_bundle(cfg: TrainConfig) -> ModelBundle:
     hf_config = config_to_hf(model, special, model_type="bailing_moe_v2")
     params = init_params(model, cfg.seed)
     return ModelBundle(model, params, special, tokenizer_files=files, hf_config=hf_config)
+
+
+def _check_length(cfg: TrainConfig, model: ModelConfig) -> None:
+    row, limit = cfg.data.row_length, model.max_position_embeddings
+    if row > limit:
+        raise ConfigError(
+            f"config.data.row_length={row} is beyond the model's max_position_embeddings={limit}"
+        )
 
 
 def _describe(bundle: ModelBundle, cfg: TrainConfig) -> ModelBundle:

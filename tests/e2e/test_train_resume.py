@@ -167,6 +167,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(folder, tmp_path,
     with config.unlocked():
         config.model = {}
     config.init.checkpoint = str(tmp_path / "parent")
+    config.data.tokenizer = ""  # the parent's own
     config.optimizer.max_consecutive_skips = 3
     with pytest.raises(TrainingStopped, match=r"3 steps in a row were skipped.*\(step 3, phase ar"):
         train(validate(config))

@@ -24,9 +24,11 @@ from llada2_jax.hub import load_bundle, param_shapes
 from llada2_jax.model import build
 from llada2_jax.quickstart import ReportConfig
 from llada2_jax.schedules import embedding_noise_sigma
+from llada2_jax.train import starting_bundle
 from llada2_jax.train_step import init_state, make_context, make_train_step
 from llada2_jax.types import Batch, ModelConfig
 from tests.helpers import TINY
+from tests.helpers import config as tiny
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -89,6 +91,17 @@ WRONG = {
     "noise__t_min": (0.3, r"t_min and t_max belong to draw='bernoulli'"),
     "schedule__warmup_tokens": (8, r"warmup_tokens=8, but config\.schedule\.warmup_blocks is e"),
     "schedule__decay_blocks": ((4,), r"decay_blocks=\(4,\), but config\.schedule\.decay_tokens"),
+    "init__mask_id": (3, r"config\.init\.mask_id=3 is not read where config\.model is set"),
+    "init__mask_embedding": ("mean", r"mask_embedding='mean' is not read where config\.model is"),
+    "embedding_noise__sigma": (0.1, r"sigma=0\.1 and tokens=0 belong together"),
+    "embedding_noise__tokens": (8, r"sigma=0\.0 and tokens=8 belong together"),
+    "data__pad_multiple": (16, r"belong to config\.data\.packing='best_fit'"),
+    "data__long_documents": ("split", r"belong to config\.data\.packing='best_fit'"),
+    "data__random_length_fraction": (1.5, r"random_length_fraction=1\.5 must be from 0 to 1"),
+    "optimizer__warmup_fraction": (-0.1, r"warmup_fraction=-0\.1 must be from 0 to 1"),
+    "optimizer__decay_fraction": (2, r"decay_fraction=2\.0 must be from 0 to 1"),
+    "optimizer__final_fraction": (1.1, r"final_fraction=1\.1 must be from 0 to 1"),
+    "eval__target_block_size": (5, r"target_block_size=5 must divide config\.data\.row_length=32"),
 }
 
 
@@ -122,6 +135,28 @@ def test_exactly_one_of_checkpoint_and_model():
     with pytest.raises(ConfigError, match=message):
         validate(make(model={}))
     assert validate(make(model={}, init__checkpoint="somewhere")).model == {}
+
+
+def test_the_tokenizer_is_the_checkpoints_own():
+    message = r"data\.tokenizer='a' is not read where config\.init\.checkpoint is set"
+    with pytest.raises(ConfigError, match=message):
+        validate(make(model={}, init__checkpoint="somewhere", data__tokenizer="a"))
+
+
+@pytest.mark.parametrize("field", ["sigma", "tokens"])
+def test_noise_is_not_negative(field):
+    fields = {"embedding_noise__sigma": 0.1, "embedding_noise__tokens": 8}
+    fields[f"embedding_noise__{field}"] = -1
+    with pytest.raises(ConfigError, match=rf"embedding_noise\.{field}=-1.* must not be negative"):
+        validate(make(**fields))
+
+
+def test_rows_fit_the_models_positions():
+    short = model_dict(tiny(max_position_embeddings=16))
+    cfg = validate(make(model={k: v for k, v in short.items() if v is not None}))
+    message = r"data\.row_length=32 is beyond the model's max_position_embeddings=16"
+    with pytest.raises(ConfigError, match=message):
+        starting_bundle(cfg)
 
 
 def test_an_integer_will_do_for_a_float():
@@ -213,6 +248,17 @@ def test_the_command_names_a_wrong_override(argument, named, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("llada2 train: ") and named in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+@load_module
+def test_the_parent_of_a_quickstart_that_trains_none_is_not_configured(tmp_path, capsys):
+    file = f"--config={ROOT / 'configs' / 'quickstart.py'}"
+    override = "--config.parent.optimizer.learning_rate=1.0"
+    assert cli.main(["quickstart", file, f"--workdir={tmp_path / 'run'}", override]) == 1
+    error = capsys.readouterr().err
+    assert "config.parent is not read where config.train_parent=False" in error
+    argv = ["quickstart", file, override, "--config.train_parent", "--print_config"]
+    assert cli.main(argv) == 0 and not (tmp_path / "run").exists()
 
 
 @load_module
