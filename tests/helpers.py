@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llada2_jax import checkpoint
+from llada2_jax.model import build
 from llada2_jax.types import Batch, ModelConfig
 
 TINY = ModelConfig(
@@ -52,6 +54,16 @@ def make_batch(tokens, segments=None, *, document_ids=None, loss_mask=None) -> B
 
 def config(**changes) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
+
+
+def random_params(cfg: ModelConfig, seed: int, scale: float = 1.0):
+    """Normal numbers everywhere, where compiling an initialiser is not worth it."""
+    rng, abstract = np.random.default_rng(seed), build(cfg)[1]
+    leaves = {
+        path: (scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+        for path, leaf in checkpoint.flatten(abstract).items()
+    }
+    return checkpoint.fill_params(abstract, leaves)
 
 
 def assert_same_params(a, b) -> None:

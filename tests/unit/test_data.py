@@ -128,6 +128,7 @@ def test_every_token_comes_once_an_epoch():
 
 def test_epochs_follow_each_other_inside_a_row():
     odd = PackedRows(documents_of([5, 6]), ROW, 11, 0, BOS_ID)  # 11 tokens an epoch
+    assert odd.epoch_rows == 1
     visits = stream(odd, "visits")
     np.testing.assert_array_equal(visits, np.repeat(np.arange(8), 11))
 

@@ -28,20 +28,15 @@ from llada2_jax.merge import (
 from llada2_jax.model import build
 from llada2_jax.types import ModelConfig, SpecialTokens
 from tests.helpers import config as tiny
+from tests.helpers import random_params
 
 CONFIG = tiny(vocab_size=24, num_layers=3)
 
 
 def bundle(seed: int, config: ModelConfig = CONFIG, **changes) -> ModelBundle:
-    rng = np.random.default_rng(seed)
-    abstract = build(config)[1]
-    leaves = {
-        path: rng.standard_normal(leaf.shape).astype(leaf.dtype)
-        for path, leaf in checkpoint.flatten(abstract).items()
-    }
     made = ModelBundle(
         config=config,
-        params=checkpoint.fill_params(abstract, leaves),
+        params=random_params(config, seed),
         special=SpecialTokens(mask=23, eos=22, pad=22),
         tokenizer_files={"tokenizer.json": "{}"},
         provenance={"step": seed},

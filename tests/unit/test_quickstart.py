@@ -16,10 +16,10 @@ from llada2_jax.data.packing import TokenizedDocuments
 from llada2_jax.data.tokenizer import train_tokenizer
 from llada2_jax.engine import Completion, Trajectory
 from llada2_jax.hub import load_bundle
-from llada2_jax.model import build
 from llada2_jax.train import starting_bundle
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config as tiny
+from tests.helpers import random_params
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HELD_OUT = [f"m{i}.py" for i in range(1000) if split_of(f"m{i}.py") == "validation"]
@@ -129,16 +129,6 @@ def test_the_corpus_is_counted_in_documents_tokens_and_bytes():
 
 
 # -------------------------------------------------------------------------------------- parent
-
-
-def random_params(cfg, seed):
-    """Parameters without compiling an initialiser."""
-    rng, abstract = np.random.default_rng(seed), build(cfg)[1]
-    leaves = {
-        path: rng.standard_normal(leaf.shape).astype(leaf.dtype)
-        for path, leaf in checkpoint.flatten(abstract).items()
-    }
-    return checkpoint.fill_params(abstract, leaves)
 
 
 def test_the_parent_is_trained_once_and_shipped(tmp_path, monkeypatch):
