@@ -7,12 +7,15 @@ ignored.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +86,7 @@ class NoiseConfig:
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """A stretch of training under one objective. block_size: tokens a block (1 for "ar").
-    tokens: clean tokens, rounded up to whole steps; a complementary pair counts once."""
+    tokens: clean tokens; a complementary pair counts once. See TrainConfig.phase_ends for steps."""
 
     name: str
     objective: str
@@ -118,9 +121,15 @@ class ScheduleConfig:
             *_stage("stable", (row_length,), self.stable_tokens, row_length),
             *_stage("decay", self.decay_blocks, self.decay_tokens, row_length),
         ]
-        total = sum(p.tokens for p in phases)
-        scale = self.total_tokens / total if self.total_tokens and total else 1
-        return tuple(dataclasses.replace(p, tokens=round(p.tokens * scale)) for p in phases)
+        planned = [p.tokens for p in phases]
+        tokens = _split(self.total_tokens or sum(planned), planned)
+        return tuple(dataclasses.replace(p, tokens=n) for p, n in zip(phases, tokens, strict=True))
+
+
+def _split(total: int, shares: Sequence[int]) -> list[int]:
+    """`total` in proportion to `shares`: integers that sum to it exactly."""
+    ends = [total * end // sum(shares) for end in itertools.accumulate(shares)]
+    return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
 def _stage(name: str, blocks: tuple[int, ...], tokens: int, row_length: int) -> list[Phase]:
@@ -129,8 +138,10 @@ def _stage(name: str, blocks: tuple[int, ...], tokens: int, row_length: int) -> 
     if name == "ar":
         return [Phase("ar", "ar", 1, tokens)]
     objective = {True: "mdlm", False: "bdlm"}
-    each = tokens // len(blocks)
-    return [Phase(f"{name}-{b}", objective[b == row_length], b, each) for b in blocks]
+    return [
+        Phase(f"{name}-{block}", objective[block == row_length], block, each)
+        for block, each in zip(blocks, _split(tokens, [1] * len(blocks)), strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,20 +271,27 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         return self.data.row_length * self.data.rows_per_step
 
-    def phase_steps(self, phase: Phase) -> int:
-        return -(-phase.tokens // self.tokens_per_step)
+    @functools.cached_property
+    def phase_ends(self) -> tuple[int, ...]:
+        """Steps of the run at each phase's end. The boundaries between phases are rounded up to
+        steps, not each phase, so that runs of equal tokens take equal steps; a phase takes one at
+        least."""
+        ends = list(itertools.accumulate(phase.tokens for phase in self.phases))
+        ends = [-(-end // self.tokens_per_step) for end in ends]
+        for index, end in enumerate(ends):
+            before = ends[index - 1] if index else 0
+            after = len(ends) - 1 - index  # phases that need a step each
+            ends[index] = max(before + 1, min(end, ends[-1] - after))
+        return tuple(ends)
 
     @property
     def total_steps(self) -> int:
-        return sum(map(self.phase_steps, self.phases))
+        return self.phase_ends[-1] if self.phase_ends else 0
 
     def phase_at(self, step: int) -> tuple[int, Phase]:
         """Index and config of the phase that step `step` (from 0) belongs to; the last beyond."""
-        for index, phase in enumerate(self.phases):
-            if step < self.phase_steps(phase):
-                return index, phase
-            step -= self.phase_steps(phase)
-        return len(self.phases) - 1, self.phases[-1]
+        index = min(bisect.bisect_right(self.phase_ends, step), len(self.phases) - 1)
+        return index, self.phases[index]
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -28,9 +28,9 @@ def embedding_noise_sigma(cfg: TrainConfig, step: int) -> float:
     if not noise.sigma or not noise.tokens:
         return 0.0
     start = 0
-    for phase in cfg.phases:
+    for phase, end in zip(cfg.phases, cfg.phase_ends, strict=True):
         if phase.objective != "ar":
             break
-        start += cfg.phase_steps(phase)
+        start = end
     seen = (step - start) * cfg.tokens_per_step
     return noise.sigma * max(0.0, 1.0 - seen / noise.tokens) if step >= start else 0.0

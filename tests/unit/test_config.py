@@ -12,6 +12,7 @@ from llada2_jax import cli
 from llada2_jax.assets import TINY_AR
 from llada2_jax.config import (
     ConfigError,
+    DataConfig,
     Phase,
     ScheduleConfig,
     TrainConfig,
@@ -198,9 +199,25 @@ def test_arms_of_a_comparison_cost_the_same():
     assert [p.name for p in abrupt.phases(32)] == ["stable-32", "decay-4"]
     assert [p.name for p in stepwise.phases(32)] == ["stable-32", "decay-16", "decay-4"]
     for arm in (direct, abrupt, stepwise):
-        assert sum(p.tokens for p in arm.phases(32)) == pytest.approx(5000, abs=2)
+        assert sum(p.tokens for p in arm.phases(32)) == 5000
+        run = TrainConfig(schedule=arm, data=DataConfig(row_length=32, rows_per_step=3))
+        assert run.total_steps == 53  # of 96 tokens
     tokens = {p.name: p.tokens for p in abrupt.phases(32)}
     assert tokens["stable-32"] == pytest.approx(2 * tokens["decay-4"], abs=2)
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33, 320])
+def test_every_phase_takes_a_step_and_none_more_than_the_budget(tokens):
+    """However short the phases are, wherever in the run they stand."""
+    arms = [
+        ScheduleConfig(ar_tokens=9, decay_blocks=(16, 8, 4), decay_tokens=1),
+        ScheduleConfig(ar_tokens=1, decay_blocks=(16, 8, 4), decay_tokens=9),
+    ]
+    for arm in arms:
+        arm = dataclasses.replace(arm, total_tokens=tokens)
+        run = TrainConfig(schedule=arm, data=DataConfig(row_length=32, rows_per_step=1))
+        assert [run.phase_at(end - 1)[0] for end in run.phase_ends] == [0, 1, 2, 3]
+        assert run.total_steps == max(4, -(-tokens // 32))
 
 
 def test_phases_follow_each_other_step_by_step():
