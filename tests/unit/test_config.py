@@ -200,8 +200,8 @@ def test_arms_of_a_comparison_cost_the_same():
     assert [p.name for p in stepwise.phases(32)] == ["stable-32", "decay-16", "decay-4"]
     for arm in (direct, abrupt, stepwise):
         assert sum(p.tokens for p in arm.phases(32)) == 5000
-        run = TrainConfig(schedule=arm, data=DataConfig(row_length=32, rows_per_step=3))
-        assert run.total_steps == 53  # of 96 tokens
+        run = TrainConfig(schedule=arm, data=DataConfig(row_length=32, rows_per_step=1))
+        assert run.total_steps == 157
     tokens = {p.name: p.tokens for p in abrupt.phases(32)}
     assert tokens["stable-32"] == pytest.approx(2 * tokens["decay-4"], abs=2)
 
