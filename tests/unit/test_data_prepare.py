@@ -130,9 +130,11 @@ def test_every_format_gives_its_rows_and_says_where_they_stand(kind, tmp_path, m
 
 def test_documents_are_supervised_but_for_bos(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts(9)])
-    prepare(job(tmp_path / "a.jsonl"), tmp_path / "out", processes=1)
+    splits = prepare(job(tmp_path / "a.jsonl"), tmp_path / "out", processes=1)["splits"]
     for _, weights in documents_of(tmp_path / "out"):
         assert weights == [0.0] + [1.0] * (len(weights) - 1)
+    for total in splits.values():
+        assert total["supervised_tokens"] == total["tokens"] - total["documents"] > 0
     prepare(job(tmp_path / "a.jsonl", bos=False), tmp_path / "without", processes=1)
     documents = PreparedDocuments(tmp_path / "without", "train")
     assert documents.read(0, 0, 1)[1][0] == 1.0
