@@ -7,6 +7,7 @@ The loop never waits for the device between steps: metrics are fetched `log_ever
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -163,7 +164,8 @@ def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") 
     Args:
       cfg: from `config.validate`.
       corpus: the data, if the caller has it already.
-      profile: folder for a trace of ten steps, taken once steps are warm; empty: none.
+      profile: folder for a trace of ten steps, taken once steps are warm, or of as many as the run
+        still has; empty: none.
 
     Raises: ConfigError, CheckpointError, TrainingStopped, StorageError; Preempted (a SystemExit)
       after a notice of preemption.
@@ -171,7 +173,8 @@ def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") 
     with PreemptionNotice(cfg.checkpoint.preemption_seconds) as notice:
         run, first_step = _start(cfg, corpus)
         try:
-            _loop(run, first_step, notice, profile)
+            with contextlib.closing(_Trace(profile, run.logger.say)) as trace:
+                _loop(run, first_step, notice, trace)
         finally:
             run.logger.close()
             run.checkpoints.close()
@@ -272,7 +275,7 @@ class _Pending:
         return batch
 
 
-def _loop(run: Run, first_step: int, notice: PreemptionNotice, profile: str) -> None:
+def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) -> None:
     """Steps first_step .. total_steps, each logged, and now and then validated and saved."""
     cfg = run.cfg
     rows = run.corpus.training_rows(cfg.data, cfg.total_steps * cfg.data.rows_per_step, cfg.seed)
@@ -282,7 +285,6 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, profile: str) -> 
         if notice.reached(step):
             _leave(run, step, pending, saved=step == first_step)
         _, phase = cfg.phase_at(step)
-        _profile(profile, step - first_step)
         batch = pending.next(source)
         if _phase_starts(cfg, step):
             run.state = begin_phase(cfg, run.state)
@@ -293,6 +295,7 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, profile: str) -> 
             sigma=embedding_noise_sigma(cfg, step),
         )
         run.state, metrics = run.train_step(phase)(run.state, batch, context)
+        trace.after(metrics)
         pending.steps.append((step + 1, phase, metrics))
         done, ends = step + 1, _phase_starts(cfg, step + 1)
         saves = ends or _due(cfg, cfg.checkpoint.every_tokens, done)
@@ -448,12 +451,48 @@ def _first_micro_batch(batch: Batch, accumulate: int) -> Batch:
     return jax.tree.map(lambda x: x[: x.shape[0] // accumulate], batch)
 
 
-def _profile(folder: str, step: int, *, first: int = 5, steps: int = 10) -> None:
-    """Starts and stops the trace; a no-op without a folder."""
-    if folder and step == first:
-        jax.profiler.start_trace(folder)
-    if folder and step == first + steps:
-        jax.profiler.stop_trace()
+class _Trace:
+    """A profiler trace of ten steps, once steps are warm; nothing without a folder.
+
+    The device is idle at both ends, so that it holds whole steps. `close` ends a trace that the run
+    did not, and says so if there was none to take.
+    """
+
+    WARM, STEPS = 5, 10
+
+    def __init__(self, folder: str, say: Callable[[str], None]):
+        self._folder, self._say = folder, say
+        self._done, self._running = 0, False
+        self._last: Any = None
+
+    def after(self, metrics: Any) -> None:
+        """Call after each step was dispatched; metrics: any of its results, not donated."""
+        self._done, self._last = self._done + 1, metrics
+        if self._folder and self._done == self.WARM:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif self._done == self.WARM + self.STEPS:
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self._running:
+            return
+        self._running = False
+        try:
+            jax.block_until_ready(self._last)
+        finally:
+            jax.profiler.stop_trace()
+        steps = min(self._done - self.WARM, self.STEPS)
+        self._say(f"a trace of {steps} steps is in {self._folder}")
+
+    def close(self) -> None:
+        self._stop()
+        if self._folder and self._done < self.WARM:
+            self._say(
+                f"no trace in {self._folder}: it begins after {self.WARM} steps, and this start "
+                f"took {self._done}"
+            )
 
 
 # What a user can put right; OSError is how ml_collections says that a config file does not exist.

@@ -1,0 +1,40 @@
+"""Parts of the training loop; tests/e2e runs the whole."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llada2_jax.train import _Trace
+
+
+def traced(folder, steps: int) -> tuple[list, list[str]]:
+    """The trace files that a run of so many steps leaves, and what it says."""
+    said, step = [], jax.jit(lambda x: x + 1)
+    trace, metrics = _Trace(str(folder), said.append), jnp.zeros(())
+    for _ in range(steps):
+        metrics = step(metrics)
+        trace.after({"loss": metrics})
+    trace.close()
+    return sorted(folder.rglob("*.xplane.pb")), said
+
+
+@pytest.mark.parametrize(("steps", "whole"), [(7, 2), (20, 10)])
+def test_a_run_leaves_a_trace_of_the_steps_it_had(tmp_path, steps, whole):
+    files, said = traced(tmp_path, steps)
+    assert len(files) == 1 and files[0].stat().st_size > 0
+    assert said == [f"a trace of {whole} steps is in {tmp_path}"]
+
+
+def test_a_run_that_is_too_short_says_so(tmp_path):
+    files, said = traced(tmp_path, 4)
+    assert not files and said == [
+        f"no trace in {tmp_path}: it begins after 5 steps, and this start took 4"
+    ]
+
+
+def test_without_a_folder_there_is_no_trace(monkeypatch):
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: pytest.fail("traced"))
+    trace = _Trace("", pytest.fail)
+    for _ in range(20):
+        trace.after({})
+    trace.close()
