@@ -118,12 +118,14 @@ def _train_parent(config, work: Path) -> None:
     """Stage 1 of the long run: tokenizer, parent, and the checkpoint that ships."""
     say("tokenizer and autoregressive parent, from scratch")
     folder = work / "tokenizer"
-    if not (folder / "tokenizer.json").exists():
+    if not folder.exists():
         texts = (d.text for d in documents(config.parent.data.source, "train"))
-        folder.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer(texts, config.parent.model.vocab_size)
+        partial = folder.with_name(".tokenizer.tmp")  # so that the folder is there whole or not
+        partial.mkdir(parents=True, exist_ok=True)
         for name, text in tokenizer_files(tokenizer).items():
-            (folder / name).write_text(text)
+            (partial / name).write_text(text)
+        partial.rename(folder)
     parent = config.parent.copy_and_resolve_references()
     parent.data.tokenizer = str(folder)
     cfg = _placed(parent, work / "parent")

@@ -151,6 +151,12 @@ def test_the_parent_is_trained_once_and_shipped(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "TINY_AR", shipped)
     monkeypatch.setattr(quickstart, "train", train)
     monkeypatch.setattr(llada2_jax.train, "init_params", random_params)
+    with monkeypatch.context() as stopped:  # between two files of the tokenizer
+        unwritable = {"tokenizer.json": "{}", "tokenizer_config.json": None}
+        stopped.setattr(quickstart, "tokenizer_files", lambda tokenizer: unwritable)
+        with pytest.raises(TypeError):
+            quickstart._train_parent(config, tmp_path / "run")
+    assert not trained
     quickstart._train_parent(config, tmp_path / "run")
     assert [cfg.workdir for cfg in trained] == [str(tmp_path / "run" / "parent")]
     bundle = load_bundle(shipped)
