@@ -197,7 +197,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         raise ConfigError(f"config: {error}") from error
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint, tokens_per_step=cfg.tokens_per_step)
     state, first_step = init_state(cfg, bundle.params), 0
-    restored = _restored(checkpoints, state)
+    restored = _restored(cfg, checkpoints, state)
     if restored is not None:
         state, first_step = restored
     logger = MetricLogger(
@@ -247,15 +247,26 @@ def _stored(cfg: TrainConfig, action: Callable[[], None], what: str) -> None:
 
 
 def _restored(
-    checkpoints: TrainCheckpoints, like: TrainState, before: int | None = None
+    cfg: TrainConfig, checkpoints: TrainCheckpoints, like: TrainState, before: int | None = None
 ) -> tuple[TrainState, int] | None:
-    """The newest checkpoint's state, placed as `like` is, and its step."""
+    """The newest checkpoint's state, placed as `like` is, and its step.
+
+    Raises: ConfigError where the data would not go on at the row that comes next.
+    """
     found = checkpoints.restore_newest(like.model_params, like.beside_params, before=before)
     if found is None:
         return None
     params, rest, train_item = found
+    step, next_row = train_item["step"], train_item["data"]["next_row"]
+    rows = cfg.data.rows_per_step
+    if next_row != step * rows:
+        raise ConfigError(
+            f"{cfg.workdir}: checkpoint {step} goes on at row {next_row} of the data, but "
+            f"config.data.rows_per_step={rows} puts it at {step * rows}: set it to "
+            f"{next_row // step}, or choose another workdir"
+        )
     trained, buffers = nnx.split_state(params, nnx.Param, ...)
-    return dataclasses.replace(rest, params=trained, buffers=buffers), train_item["step"]
+    return dataclasses.replace(rest, params=trained, buffers=buffers), step
 
 
 @dataclasses.dataclass
@@ -394,7 +405,7 @@ def _react(run: Run, done: int, policy: str, event: str, step: int) -> None:
             f"{what}, but the run went back spikes.max_rollbacks={spikes.max_rollbacks} times "
             "already; lower optimizer.learning_rate, or look at the data of these steps"
         )
-    found = _restored(run.checkpoints, run.state, before=step)
+    found = _restored(run.cfg, run.checkpoints, run.state, before=step)
     if found is None:
         raise TrainingStopped(f"{what}, but there is no checkpoint before it to go back to")
     earlier, source = found

@@ -1,10 +1,13 @@
 """Parts of the training loop; tests/e2e runs the whole."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from llada2_jax.train import _Trace
+from llada2_jax.config import ConfigError, DataConfig, TrainConfig
+from llada2_jax.train import _restored, _Trace
 
 
 def traced(folder, steps: int) -> tuple[list, list[str]]:
@@ -38,3 +41,15 @@ def test_without_a_folder_there_is_no_trace(monkeypatch):
     for _ in range(20):
         trace.after({})
     trace.close()
+
+
+def test_a_checkpoint_at_another_row_of_the_data_is_not_resumed():
+    """As after config.json was removed to get past a changed config."""
+    item = {"step": 4, "data": {"next_row": 32}}
+    checkpoints = SimpleNamespace(restore_newest=lambda *like, before: (None, None, item))
+    cfg = TrainConfig(workdir="w", data=DataConfig(rows_per_step=4))
+    like = SimpleNamespace(model_params=None, beside_params=None)
+    with pytest.raises(
+        ConfigError, match=r"at row 32 .*rows_per_step=4 puts it at 16: set it to 8"
+    ):
+        _restored(cfg, checkpoints, like)  # pyright: ignore[reportArgumentType]
