@@ -24,7 +24,7 @@ README = """\
 A training run of llada2_jax. `llada2 train` with the same config and this folder as --workdir goes
 on where the newest checkpoint left off; `llada2 runs compare` sets runs side by side.
 
-    config.json      every field of the config
+    config.json      every field of the config, and checksums of the model it started from
     starts.jsonl     a line a start: step, time, command, revision, versions, devices, mesh, data
     metrics.jsonl    a line a step, validation or rollback of the surviving history
     tensorboard/     the same as curves
@@ -33,10 +33,14 @@ on where the newest checkpoint left off; `llada2 runs compare` sets runs side by
 """
 
 
-def record_config(workdir: Path, cfg: TrainConfig) -> None:
-    """Writes config.json once; a resumed run must have been started with the same config.
+def record_config(workdir: Path, cfg: TrainConfig, parent: dict[str, int] | None = None) -> None:
+    """Writes config.json once; a resumed run must have been started with the same config, and from
+    the same model.
 
-    Raises: ConfigError that names the first field that differs, FREE ones aside.
+    parent: checksums by part of the model at init.checkpoint, or None from scratch.
+
+    Raises: ConfigError that names the first field that differs, FREE ones aside, or the first part
+      of the model.
     """
     described = json.loads(json.dumps(dataclasses.asdict(cfg)))
     path = workdir / "config.json"
@@ -49,9 +53,24 @@ def record_config(workdir: Path, cfg: TrainConfig) -> None:
                 f"{before.get(changed[0])} there, {described[changed[0]]} now; "
                 "choose another workdir, or remove it to start again"
             )
+        _check_parent(workdir, cfg, before.get("parent"), parent)
     workdir.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(described, indent=1))
+    recorded = described | ({"parent": parent} if parent else {})
+    replace_text(path, json.dumps(recorded, indent=1))
     replace_text(workdir / "README.txt", README)
+
+
+def _check_parent(workdir: Path, cfg: TrainConfig, before: Any, now: dict[str, int] | None) -> None:
+    """A path may hold another model than it did. Runs of older versions did not take note."""
+    if not isinstance(before, dict) or not now:
+        return
+    changed = [part for part in now if before.get(part) != now[part]]
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds a run from another model than config.init.checkpoint="
+            f"{cfg.init.checkpoint!r} now is: its {changed[0]} changed; put the model back that "
+            "the run began with, choose another workdir, or remove it to start again"
+        )
 
 
 def read_config(workdir: Path) -> dict[str, Any]:

@@ -24,8 +24,10 @@ from flax import nnx
 from ml_collections import config_flags
 from tokenizers import Tokenizer
 
+from llada2_jax import checkpoint
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
-from llada2_jax.config import ConfigError, Phase, TrainConfig, validate
+from llada2_jax.checksums import json_checksum, tree_checksums
+from llada2_jax.config import ConfigError, Phase, TrainConfig, model_dict, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
 from llada2_jax.evals.likelihood import validation_contexts
@@ -63,6 +65,7 @@ class TrainingStopped(RuntimeError):
 def starting_bundle(cfg: TrainConfig) -> ModelBundle:
     """The model a run starts from: a checkpoint, or fresh parameters of config.model.
 
+    provenance["checksums"] of a checkpoint tell it from another one that is put in its place.
     Raises: CheckpointError or ConfigError that names what does not fit.
     """
     runtime = dataclasses.asdict(cfg.runtime)
@@ -70,6 +73,8 @@ def starting_bundle(cfg: TrainConfig) -> ModelBundle:
         mask_id = cfg.init.mask_id if cfg.init.mask_id >= 0 else None
         _check_length(cfg, load_bundle(cfg.init.checkpoint, mask_id=mask_id).config)
         bundle = load_model(cfg.init.checkpoint, mask_id=mask_id, **runtime)
+        provenance = bundle.provenance | {"checksums": _checksums(bundle)}
+        bundle = dataclasses.replace(bundle, provenance=provenance)
         return _describe(_initialise_mask(bundle, cfg), cfg)
     try:
         model = ModelConfig(**cfg.model, **runtime)
@@ -83,6 +88,17 @@ def starting_bundle(cfg: TrainConfig) -> ModelBundle:
     hf_config = config_to_hf(model, special, model_type="bailing_moe_v2")
     params = init_params(model, cfg.seed)
     return ModelBundle(model, params, special, tokenizer_files=files, hf_config=hf_config)
+
+
+def _checksums(bundle: ModelBundle) -> dict[str, int]:
+    """Of what a model is made of, in whatever form its files are."""
+    leaves = jax.device_get(tree_checksums(checkpoint.flatten(bundle.params)))
+    architecture = [model_dict(bundle.config), dataclasses.asdict(bundle.special)]
+    return {
+        "tokenizer": json_checksum(bundle.tokenizer_files),
+        "architecture": json_checksum(architecture),
+        "parameters": json_checksum({name: int(value) for name, value in leaves.items()}),
+    }
 
 
 def _check_length(cfg: TrainConfig, model: ModelConfig) -> None:
@@ -185,7 +201,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     """A fresh run, or the newest checkpoint's."""
     workdir = Path(cfg.workdir)
     bundle = starting_bundle(cfg)
-    _record_config(workdir, cfg)
+    _record_config(workdir, cfg, bundle)
     rows = cfg.data.rows_per_step // cfg.optimizer.accumulate
     try:
         if corpus is None:
@@ -236,9 +252,10 @@ def _check_readable(corpus: Corpus) -> None:
             )
 
 
-def _record_config(workdir: Path, cfg: TrainConfig) -> None:
+def _record_config(workdir: Path, cfg: TrainConfig, bundle: ModelBundle) -> None:
     if jax.process_index() == 0:
-        record = functools.partial(record_config, workdir, cfg)
+        parent = bundle.provenance.get("checksums")
+        record = functools.partial(record_config, workdir, cfg, parent)
         _stored(cfg, record, f"writing {workdir}/config.json")
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llada2_jax import cli
-from llada2_jax.config import ConfigError, DataConfig, TrainConfig
+from llada2_jax.config import ConfigError, DataConfig, InitConfig, TrainConfig
 from llada2_jax.run_folder import (
     environment,
     read_config,
@@ -95,3 +95,16 @@ def test_a_config_that_is_not_readable_is_named(tmp_path):
         (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
         with pytest.raises(ConfigError, match=r"config\.json .*: remove it"):
             read_config(tmp_path)
+
+
+def test_a_run_goes_on_from_the_model_it_began_with(tmp_path):
+    """Whatever else stands at that path by now."""
+    cfg = dataclasses.replace(CFG, init=InitConfig(checkpoint="parent"))
+    parts = {"tokenizer": 1, "architecture": 2, "parameters": 3}
+    record_config(tmp_path, cfg)  # as versions did that took no checksums
+    for _ in range(2):
+        record_config(tmp_path, cfg, parts)
+    for part in parts:
+        with pytest.raises(ConfigError, match=rf"checkpoint='parent' now is: its {part} changed"):
+            record_config(tmp_path, cfg, parts | {part: 9})
+    assert read_config(tmp_path)["parent"] == parts

@@ -1,13 +1,17 @@
 """Parts of the training loop; tests/e2e runs the whole."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, DataConfig, TrainConfig
-from llada2_jax.train import _restored, _Trace
+from llada2_jax.train import _checksums, _restored, _Trace
+from llada2_jax.types import SpecialTokens
+from tests.helpers import config
 
 
 def traced(folder, steps: int) -> tuple[list, list[str]]:
@@ -53,3 +57,22 @@ def test_a_checkpoint_at_another_row_of_the_data_is_not_resumed():
         ConfigError, match=r"at row 32 .*rows_per_step=4 puts it at 16: set it to 8"
     ):
         _restored(cfg, checkpoints, like)  # pyright: ignore[reportArgumentType]
+
+
+def test_checksums_of_a_model_tell_its_parts_apart():
+    model = ModelBundle(
+        config=config(),
+        params={"layer": {"w": jnp.arange(4.0)}},
+        special=SpecialTokens(mask=0, eos=1, pad=1),
+        tokenizer_files={"tokenizer.json": "{}"},
+    )
+    others = {
+        "tokenizer": {"tokenizer_files": {"tokenizer.json": "{ }"}},
+        "architecture": {"config": config(rope_theta=1e4)},
+        "parameters": {"params": {"layer": {"w": jnp.arange(4.0)[::-1]}}},
+    }
+    before = _checksums(model)
+    assert before == _checksums(dataclasses.replace(model, config=config(remat="full")))
+    for part, change in others.items():
+        after = _checksums(dataclasses.replace(model, **change))
+        assert [name for name in before if before[name] != after[name]] == [part]
