@@ -20,7 +20,13 @@ from pallas_kernels.block_attention.gpu import (
     default_tiles,
     schedule,
 )
-from pallas_kernels.block_layout import allowed, block_index, both_halves, key_intervals
+from pallas_kernels.block_layout import (
+    KeyIntervals,
+    allowed,
+    block_index,
+    both_halves,
+    key_intervals,
+)
 from pallas_kernels.shapes import ATTENTION, packed_layout
 from tests.kernels.contract import (
     AttentionContract,
@@ -147,34 +153,48 @@ def tiles_of(table) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     )
 
 
-@settings(max_examples=20, deadline=None)
-@given(rows, tile_sizes)
-def test_loops_visit_what_is_allowed_and_mask_what_is_not(row, tile):
-    layout = layout_of(row)
-    starts, ends = schedule.runs_of(key_intervals(layout))
+def assert_loops_visit_every_pair(intervals, tile):
+    """Every pair is in a tile that is visited, and no tile without a mask holds anything else."""
+    starts, ends = schedule.runs_of(intervals)
     key = np.arange(2 * LENGTH)
     inside = np.asarray((key >= starts[..., None]) & (key < ends[..., None]))[0]
-    assert np.array_equal(inside.sum(0), allowed(layout, layout)[0])
-    ranges = schedule.key_ranges(starts, ends, *tile)
-    by_query = set()
-    for number, table in enumerate(ranges[0]):
-        whole, masked = tiles_of(table)
-        assert len({*whole, *masked}) == len(whole) + len(masked)
-        by_query |= {(run, number, tile) for run, tile in whole + masked}
-        queries = inside[:, number * tile[0] : (number + 1) * tile[0]]
-        for run in range(schedule.RUNS):
-            for other in range(2 * LENGTH // tile[1]):
-                pairs = queries[run, :, other * tile[1] : (other + 1) * tile[1]]
-                assert not pairs.any() or (run, other) in whole + masked
-                assert pairs.all() or (run, other) not in whole
-    by_key = set()
-    for number, table in enumerate(schedule.query_ranges(ranges, 2 * LENGTH // tile[1])[0]):
-        whole, masked = tiles_of(table)
-        by_key |= {(run, query, number) for run, query in whole + masked}
-        for run, query in whole:
-            queries, keys = query * tile[0], number * tile[1]
-            assert inside[run, queries : queries + tile[0], keys : keys + tile[1]].all()
-    assert by_query <= by_key
+    in_tiles = inside.reshape(schedule.RUNS, -1, tile[0], 2 * LENGTH // tile[1], tile[1])
+    used, full = in_tiles.any((2, 4)), in_tiles.all((2, 4))
+    by_query = schedule.key_ranges(starts, ends, *tile)
+    by_key = schedule.query_ranges(by_query, 2 * LENGTH // tile[1])
+    for ranges, some, every in (
+        (by_query, used, full),
+        (by_key, used.swapaxes(1, 2), full.swapaxes(1, 2)),
+    ):
+        for number, table in enumerate(ranges[0]):
+            whole, masked = tiles_of(table)
+            assert len({*whole, *masked}) == len(whole) + len(masked)
+            for run, other in np.argwhere(some[:, number]):
+                assert (run, other) in whole + masked
+            assert all(every[run, number, other] for run, other in whole)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows, tile_sizes)
+def test_loops_visit_what_the_rule_allows(row, tile):
+    layout = layout_of(row)
+    intervals = key_intervals(layout)
+    starts, ends = schedule.runs_of(intervals)
+    key = jnp.arange(2 * LENGTH)
+    inside = (key >= starts[..., None]) & (key < ends[..., None])
+    assert np.array_equal(inside.sum(1), allowed(layout, layout))
+    assert_loops_visit_every_pair(intervals, tile)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), tile_sizes)
+def test_loops_visit_what_any_intervals_hold(seed, pieces, tile):
+    """Neighbours share their runs or have nothing to do with each other."""
+    rng = np.random.default_rng(seed)
+    bounds = np.sort(rng.integers(0, 2 * LENGTH + 1, (1, pieces, 4)), axis=-1)
+    bounds = jnp.asarray(np.repeat(bounds, -(-2 * LENGTH // pieces), axis=1)[:, : 2 * LENGTH])
+    start, end, own_start, own_end = jnp.moveaxis(bounds.astype(jnp.int32), -1, 0)
+    assert_loops_visit_every_pair(KeyIntervals((own_start, own_end), (start, end)), tile)
 
 
 @settings(max_examples=20, deadline=None)
