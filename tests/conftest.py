@@ -29,9 +29,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_programs():
-    """Unloads what a module compiled. Every program on the CPU holds memory maps; a process may have
-    65530 (vm.max_map_count), and the one too many is a segmentation fault while loading the next.
-    """
+    """Unloads what a module compiled: every program on the CPU holds memory maps, a process may
+    have 65530 of them (vm.max_map_count), and one too many is a segmentation fault."""
     yield
     jax.clear_caches()
 
