@@ -21,7 +21,7 @@ PYTEST_ARGS ?=
 # More arguments for the torture, e.g. make torture TORTURE_ARGS="--faults 50 --seed 1"
 TORTURE_ARGS ?=
 
-.PHONY: help setup quickstart quickstart-long torture test lint format bench aot wheel pins clean
+.PHONY: help setup quickstart quickstart-long torture test test-kernels lint format bench aot wheel pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,10 @@ test: lint $(LIBTPU) ## lint, then all tests
 
 torture: setup ## survive 1000 random kills, preemptions, full disks and damaged checkpoints; resumable
 	$(BIN)/python -m tests.torture --out runs/torture $(TORTURE_ARGS)
+
+test-kernels: setup ## every case of the attention contract for every backend, in interpret mode; hours
+	KERNEL_CASES=all JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
+	  $(BIN)/python -m pytest -n 2 tests/kernels -k matches_the_oracle $(PYTEST_ARGS)
 
 lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff check
