@@ -76,6 +76,7 @@ def test_an_unknown_field_is_named(place):
 
 WRONG = {
     "seed": ("zero", r"config\.seed='zero' must be of type int"),
+    "eval__rows": (True, r"config\.eval\.rows=True must be of type int"),
     "data__document_mask": (1, r"config\.data\.document_mask=1 must be of type bool"),
     "data__row_length": (32.0, r"config\.data\.row_length=32\.0 must be of type int"),
     "optimizer__learning_rate": ("1", r"learning_rate='1' must be of type float"),

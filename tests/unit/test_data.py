@@ -1,6 +1,7 @@
 """Documents to packed rows: every token once, whoever asks, and the tokenizer's bytes add up."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -247,10 +248,19 @@ def tokenizer():
 def test_reserved_ids_come_first(tokenizer):
     assert tokenizer.get_vocab_size() == 290
     assert [tokenizer.token_to_id(name) for name in RESERVED] == list(range(len(RESERVED)))
-    assert (RESERVED[0], RESERVED[1], RESERVED[BOS_ID]) == (MASK, EOS, "<|startoftext|>")
+    assert " ".join(RESERVED) == (
+        "<|mask|> <|endoftext|> <|startoftext|> <role> </role> <|role_end|>"
+    )
     files = tokenizer_files(tokenizer)
     assert set(files) == {"tokenizer.json", "tokenizer_config.json"}
-    assert f'"mask_token": "{MASK}"' in files["tokenizer_config.json"]
+    settings = json.loads(files["tokenizer_config.json"])
+    named = {k: v for k, v in settings.items() if k.endswith("_token")}
+    assert named == {
+        "mask_token": "<|mask|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "bos_token": "<|startoftext|>",
+    }
 
 
 @pytest.mark.parametrize("text", [TEXT, " \n\t \n", "ünïcödé 🎉", f"a {MASK} b {EOS}"])

@@ -42,10 +42,10 @@ def rows_of(bundle, texts, row_length, objective="bdlm"):
 
 
 def test_rows_hold_every_token_of_a_text_once(bundle):
-    batch, owner = rows_of(bundle, [TEXT, "é"], row_length=5)
-    assert owner.tolist() == [0, 0, 0, 1]  # four tokens a row after the bos; é is two bytes
+    batch, owner = rows_of(bundle, [TEXT, "é", "full"], row_length=5)
+    assert owner.tolist() == [0, 0, 0, 1, 2]  # four tokens a row after the bos; é is two bytes
     tokenizer = likelihood.tokenizer_of(bundle)
-    for i, text in enumerate((TEXT, "é")):
+    for i, text in enumerate((TEXT, "é", "full")):
         mine = owner == i
         scored = batch.loss_mask[mine]
         assert tokenizer.decode(batch.tokens[mine][scored].tolist()) == text
