@@ -18,6 +18,7 @@ from pallas_kernels.block_attention.gpu import (
     choose,
     computed_pairs,
     default_tiles,
+    mosaic,
     schedule,
 )
 from pallas_kernels.block_layout import (
@@ -94,11 +95,15 @@ def register_operands(monkeypatch):
     monkeypatch.setattr(gpu_callbacks, "wgmma", wgmma)
 
 
-def test_mosaic_matches_the_oracle(register_operands):
-    """Warpgroups, barriers and copies included: three query tiles, two key tiles."""
+# As an error, a warning from one warpgroup would leave the others waiting at a barrier.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_mosaic_matches_the_oracle(register_operands, monkeypatch):
+    """Warpgroups, barriers and copies included: three query tiles and two key tiles, groups of four
+    heads, which the gradients of k and v cut into two parts of two."""
+    monkeypatch.setattr(mosaic, "PROGRAMS", 8)
     rng = np.random.default_rng(0)
     layout = packed_layout(rng, 1, 96, "straddling", block_size=8, padding=9)
-    inputs = [jnp.asarray(rng.standard_normal((1, 192, n, 64)), "bfloat16") for n in (2, 1, 1, 2)]
+    inputs = [jnp.asarray(rng.standard_normal((1, 192, n, 64)), "bfloat16") for n in (8, 2, 2, 8)]
 
     @output_and_gradients
     def attend(q, k, v, layout):
