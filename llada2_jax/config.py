@@ -84,6 +84,30 @@ class NoiseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """beta: how strongly the policy is held to the reference (eq. 8). samples: Monte Carlo draws of
+    the noise a text. antithetic: every second draw mirrors the one before it, so that their errors
+    cancel in part; an even number of samples."""
+
+    beta: float = 0.1
+    samples: int = 1
+    antithetic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    """The model that "dpo" compares with. checkpoint: as init.checkpoint; empty: that one.
+    mask_id: as in init. memory: where it stays between its forwards, on the "device" or the "host".
+    cache: a file for its bounds, which are computed when the run first begins, and read after that:
+    then no memory is needed; empty: computed beside each step."""
+
+    checkpoint: str = ""
+    mask_id: int = -1
+    memory: str = "device"
+    cache: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Phase:
     """A stretch of training under one objective. block_size: tokens a block (1 for "ar").
     tokens: clean tokens; a complementary pair counts once. See TrainConfig.phase_ends for steps."""
@@ -102,8 +126,9 @@ class ScheduleConfig:
     ar_tokens: next-token prediction first. warmup_blocks: growing block sizes, which share
     warmup_tokens evenly; () is the direct switch of objective. stable_tokens: MDLM over whole
     documents, without the clean half. decay_blocks: shrinking block sizes, which share
-    decay_tokens; one entry is the abrupt decay, several the stepwise one. total_tokens: if not 0,
-    stages are scaled so that they sum to it, and arms of a comparison cost the same."""
+    decay_tokens; one entry is the abrupt decay, several the stepwise one. dpo_tokens: preference
+    optimisation (§5.3) at posttrain_block tokens a block, as a run of its own. total_tokens: if not
+    0, stages are scaled so that they sum to it, and arms of a comparison cost the same."""
 
     ar_tokens: int = 0
     warmup_blocks: tuple[int, ...] = ()
@@ -111,6 +136,8 @@ class ScheduleConfig:
     stable_tokens: int = 0
     decay_blocks: tuple[int, ...] = ()
     decay_tokens: int = 0
+    dpo_tokens: int = 0
+    posttrain_block: int = 32
     total_tokens: int = 0
 
     def phases(self, row_length: int) -> tuple[Phase, ...]:
@@ -120,6 +147,7 @@ class ScheduleConfig:
             *_stage("warmup", self.warmup_blocks, self.warmup_tokens, row_length),
             *_stage("stable", (row_length,), self.stable_tokens, row_length),
             *_stage("decay", self.decay_blocks, self.decay_tokens, row_length),
+            *_stage("dpo", (self.posttrain_block,), self.dpo_tokens, row_length),
         ]
         planned = [p.tokens for p in phases]
         tokens = _split(self.total_tokens or sum(planned), planned)
@@ -135,8 +163,8 @@ def _split(total: int, shares: Sequence[int]) -> list[int]:
 def _stage(name: str, blocks: tuple[int, ...], tokens: int, row_length: int) -> list[Phase]:
     if not tokens or not blocks:
         return []
-    if name == "ar":
-        return [Phase("ar", "ar", 1, tokens)]
+    if name in ("ar", "dpo"):
+        return [Phase(name, name, blocks[0], tokens)]
     objective = {True: "mdlm", False: "bdlm"}
     return [
         Phase(f"{name}-{block}", objective[block == row_length], block, each)
@@ -254,6 +282,8 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     noise: NoiseConfig = NoiseConfig()
+    dpo: DPOConfig = DPOConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     embedding_noise: EmbeddingNoiseConfig = EmbeddingNoiseConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
@@ -381,6 +411,7 @@ _CHOICES = {
     "spikes.non_finite": ("skip", "rollback", "stop"),
     "spikes.loss": ("ignore", "skip", "rollback", "stop"),
     "spikes.grad_norm": ("ignore", "skip", "rollback", "stop"),
+    "reference.memory": ("device", "host"),
     "runtime.attention_backend": BACKENDS,
     "runtime.experts_backend": ("tiles", "ragged_dot"),
     "runtime.remat": ("none", "full", "dots"),
@@ -394,6 +425,8 @@ _POSITIVE = (
     "optimizer.accumulate",
     "optimizer.learning_rate",
     "optimizer.max_consecutive_skips",
+    "dpo.beta",
+    "dpo.samples",
     "eval.rows",
     "eval.samples",
     "checkpoint.keep_last",
@@ -413,6 +446,7 @@ _NOT_NEGATIVE = (
     "schedule.warmup_tokens",
     "schedule.stable_tokens",
     "schedule.decay_tokens",
+    "schedule.dpo_tokens",
     "schedule.total_tokens",
     "eval.every_tokens",
     "eval.rate_buckets",
@@ -459,6 +493,7 @@ def _check(cfg: TrainConfig) -> None:
         "set exactly one of config.init.checkpoint (start from it) and config.model (from scratch)",
     )
     _check_init(cfg)
+    _check_dpo(cfg)
     _require(
         cfg.data.rows_per_step % cfg.optimizer.accumulate == 0,
         f"config.data.rows_per_step={cfg.data.rows_per_step} is not a multiple of "
@@ -513,6 +548,55 @@ def _check_init(cfg: TrainConfig) -> None:
         )
 
 
+def _check_dpo(cfg: TrainConfig) -> None:
+    if all(phase.objective != "dpo" for phase in cfg.phases):
+        for name in ("dpo", "reference"):
+            unread = getattr(cfg, name) != getattr(TrainConfig, name)
+            _require(not unread, f"config.{name} is not read where schedule.dpo_tokens is 0")
+        return
+    _require(
+        len(cfg.phases) == 1,
+        "config.schedule.dpo_tokens: its rows are preference pairs, which no other stage reads; "
+        "train the others in a run before it",
+    )
+    block, row = cfg.schedule.posttrain_block, cfg.data.row_length
+    _require(
+        block >= 1 and row % block == 0,
+        f"config.schedule.posttrain_block={block} must divide config.data.row_length={row}",
+    )
+    _require(
+        bool(cfg.init.checkpoint),
+        "config.init.checkpoint is empty: dpo starts from a model that answers prompts",
+    )
+    _require(
+        bool(cfg.data.sources) and cfg.data.packing == "best_fit",
+        "config.schedule.dpo_tokens: name preference pairs in config.data.sources (llada2 data "
+        "prepare --content preference), and set config.data.packing='best_fit'",
+    )
+    whole = NoiseConfig()
+    _require(
+        (cfg.noise.weight, cfg.noise.t_min, cfg.noise.t_max)
+        == (whole.weight, whole.t_min, whole.t_max),
+        "config.noise: dpo compares bounds on likelihoods (eq. 7): weight='elbo', and all rates "
+        f"(t_min={whole.t_min}, t_max={whole.t_max})",
+    )
+    _require(
+        not cfg.embedding_noise.sigma,
+        f"config.embedding_noise.sigma={cfg.embedding_noise.sigma}: dpo takes none",
+    )
+    for name in ("dpo.samples", "eval.samples"):
+        samples = _get(cfg, name)
+        _require(
+            samples % 2 == 0 or not cfg.dpo.antithetic,
+            f"config.{name}={samples} must be even: config.dpo.antithetic takes draws in twos",
+        )
+    mask = cfg.reference.mask_id
+    _require(
+        mask < 0 or bool(cfg.reference.checkpoint),
+        f"config.reference.mask_id={mask} is not read where config.reference.checkpoint is empty",
+    )
+
+
 def _check_data(cfg: TrainConfig) -> None:
     data, default = cfg.data, DataConfig()
     _require(
@@ -539,7 +623,7 @@ def _check_data(cfg: TrainConfig) -> None:
         "config.data.document_mask and config.data.random_length_fraction belong to "
         "config.data.packing='concat'",
     )
-    for block in {p.block_size for p in cfg.phases if p.objective == "bdlm"}:
+    for block in {p.block_size for p in cfg.phases if p.objective not in ("ar", "mdlm")}:
         _require(
             data.pad_multiple % block == 0 and data.row_length % data.pad_multiple == 0,
             f"config.data.pad_multiple={data.pad_multiple} must be a multiple of each block size "

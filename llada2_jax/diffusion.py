@@ -114,6 +114,7 @@ def corrupt(
     mask_id: int,
     seed: int,
     draw: int | Int[Scalar, ""] = 0,
+    mirrored: bool | Bool[Array, ""] = False,
 ) -> list[Noised]:
     """Noise for a batch: one Noised, or the two of a complementary pair.
 
@@ -122,13 +123,17 @@ def corrupt(
       block: block of every token (`block_layout.block_index`).
       block_size: int32 scalar, may be traced.
       draw: number of the Monte Carlo sample, for estimates from several; may be traced.
+      mirrored: the antithetic counterpart of the draw: rate 1 − t for t, and first to be masked
+        what is last there. Of the same law, and wrong in the other direction; may be traced.
     """
     maskable = batch.loss_mask & (batch.segment_ids > 0)
     group = block if cfg.group == "block" else jnp.zeros_like(block)
     start, end = group_bounds(group, batch.segment_ids)
     u = _group_uniform(batch, start, block_size if cfg.group == "block" else 1, cfg, seed, draw)
+    u = jnp.where(mirrored, 1 - u, u)
     draws = jnp.full_like(block, draw)
     score = _bits(seed, 1, batch.document_ids, batch.visits, draws, batch.document_positions)
+    score = jnp.where(mirrored, ~score, score)
     count = jnp.cumsum(maskable, axis=1, dtype=jnp.int32)
     count = jnp.concatenate([jnp.zeros_like(count[:, :1]), count], axis=1)
     n = jnp.take_along_axis(count, end, 1) - jnp.take_along_axis(count, start, 1)

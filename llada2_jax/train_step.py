@@ -116,6 +116,7 @@ def make_context(
         mask_id=mask_id,
         block_anchor=cfg.data.block_anchor,
         draw=np.int32(draw),
+        dpo=cfg.dpo,
     )
 
 

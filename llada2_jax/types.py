@@ -103,7 +103,8 @@ class Batch:
     visits: how often the document has been seen before (the epoch). loss_weights: fp32, what each
     token's loss weighs; None: 1 wherever loss_mask is. preference: 1 in the chosen and -1 in the
     rejected text of a pair, 0 in padding; both texts are segments of one row and have one document
-    id, the pair's. None: rows that hold no pairs.
+    id, the pair's. None: rows that hold no pairs. reference: fp32, sums over each text of a pair to
+    its bound under the reference model; None: not known.
     """
 
     tokens: Int[HostOrDevice, "B L"]
@@ -115,6 +116,7 @@ class Batch:
     visits: Int[HostOrDevice, "B L"]
     loss_weights: Float[HostOrDevice, "B L"] | None = None
     preference: Int[HostOrDevice, "B L"] | None = None
+    reference: Float[HostOrDevice, "B L"] | None = None
 
 
 @jax.tree_util.register_dataclass

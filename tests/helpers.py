@@ -52,6 +52,28 @@ def make_batch(tokens, segments=None, *, document_ids=None, loss_mask=None) -> B
     )
 
 
+def make_pairs(pairs, row_length=None) -> Batch:
+    """A row a list of pairs: (pair id, chosen, rejected, prompt), the texts as ids, of which the
+    first `prompt` are not supervised. The reference's bounds are 0."""
+    length = row_length or max(sum(len(c) + len(r) for _, c, r, _ in row) for row in pairs)
+    tokens, segments, ids, loss, preference = (np.zeros((len(pairs), length), int) for _ in "tsilp")
+    for number, row in enumerate(pairs):
+        at = segment = 0
+        for pair, chosen, rejected, prompt in row:
+            for text, side in ((chosen, 1), (rejected, -1)):
+                span, segment = slice(at, at + len(text)), segment + 1
+                tokens[number, span], segments[number, span] = text, segment
+                ids[number, span], preference[number, span] = pair, side
+                loss[number, at + prompt : at + len(text)] = 1
+                at += len(text)
+    batch = make_batch(tokens, segments, document_ids=ids, loss_mask=loss)
+    return dataclasses.replace(
+        batch,
+        preference=jnp.asarray(preference, jnp.int32),
+        reference=jnp.zeros(tokens.shape, jnp.float32),
+    )
+
+
 def config(**changes) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
 

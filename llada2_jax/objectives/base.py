@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llada2_jax.config import NoiseConfig
+from llada2_jax.config import DPOConfig, NoiseConfig
 from llada2_jax.model import Transformer
 from llada2_jax.types import Batch, WeightedSum
 from pallas_kernels.block_layout import HostOrDevice, Scalar
@@ -25,8 +25,8 @@ class Context:
     block_size: int32 scalar, data, so that phases share one compilation. sigma: fp32 scalar, scale
     of the masked-embedding noise. rates: fp32 [2], only tokens whose group's mask rate lies in
     (rates[0], rates[1]] count (a diagnostic; the full range by default). draw: int32 scalar, the
-    number of the Monte Carlo draw, data likewise. Static: the noise, the seed, the mask's id and
-    the anchor of blocks.
+    number of the Monte Carlo draw, data likewise. Static: the noise, the seed, the mask's id, the
+    anchor of blocks, and what only one objective reads.
     """
 
     block_size: Int[Scalar, ""]
@@ -37,6 +37,7 @@ class Context:
     mask_id: int = dataclasses.field(metadata={"static": True})
     block_anchor: str = dataclasses.field(metadata={"static": True})
     draw: Int[Scalar, ""] = np.int32(0)
+    dpo: DPOConfig = dataclasses.field(default=DPOConfig(), metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

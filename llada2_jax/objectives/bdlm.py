@@ -46,7 +46,7 @@ def _diffusion(model, batch: Batch, context: Context, *, clean_half: bool) -> Lo
     # The members of a complementary pair are rows of one forward.
     noised = jax.tree.map(lambda *x: jnp.concatenate(x), *members)
     batch, block = jax.tree.map(lambda x: jnp.tile(x, (len(members), 1)), (batch, block))
-    hidden, load = _forward(model, batch, noised, block, context, clean_half=clean_half)
+    hidden, load = noisy_hidden(model, batch, noised, block, context, clean_half=clean_half)
     low, high = context.rates
     counted = noised.noise_mask & (noised.rate > low) & (noised.rate <= high)
     weights = jnp.where(counted, noised.weight, 0.0)
@@ -65,8 +65,11 @@ def _diffusion(model, batch: Batch, context: Context, *, clean_half: bool) -> Lo
     )
 
 
-def _forward(model, batch: Batch, noised: Noised, block, context: Context, *, clean_half: bool):
-    """Hidden states [B, L, D] of the noisy half."""
+def noisy_hidden(model, batch: Batch, noised: Noised, block, context: Context, *, clean_half: bool):
+    """Hidden states [B, L, D] of the noisy half, and the load of each expert.
+
+    clean_half: whether the clean tokens are seen beside it (False: one block a document).
+    """
     length, size = block.shape[1], model.cfg.hidden_size
     noise = embedding_noise(batch, noised.noise_mask, size, context.sigma, context.seed)
     if not clean_half:

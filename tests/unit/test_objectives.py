@@ -16,7 +16,7 @@ from llada2_jax.diffusion import Noised
 from llada2_jax.evals.likelihood import left_to_right_nll
 from llada2_jax.model import init_params, merge_params
 from llada2_jax.objectives import OBJECTIVES
-from llada2_jax.objectives.bdlm import _forward
+from llada2_jax.objectives.bdlm import noisy_hidden
 from llada2_jax.train_step import (
     accumulated,
     init_state,
@@ -49,9 +49,18 @@ def token_nll(params, batch, mask, block_size):
     block = block_index(batch.positions, block_size, "document")
     noised = Noised(jnp.where(mask, MASK, batch.tokens), mask, mask.astype(jnp.float32), mask)
     model = merge_params(TINY, params)
-    hidden, _ = _forward(model, batch, noised, block, context(block_size), clean_half=True)
+    hidden, _ = noisy_hidden(model, batch, noised, block, context(block_size), clean_half=True)
     logp = jax.nn.log_softmax(model.logits(hidden))
     return -jnp.take_along_axis(logp, batch.tokens[..., None], -1)[..., 0]
+
+
+def with_pairs(batch):
+    """Every two documents of a row as a pair."""
+    return dataclasses.replace(
+        batch,
+        preference=jnp.where(batch.segment_ids > 0, 2 * (batch.segment_ids % 2) - 1, 0),
+        reference=jnp.zeros(batch.tokens.shape, jnp.float32),
+    )
 
 
 def enumerated_bound(params, block_size):
@@ -176,7 +185,7 @@ def test_denominator_counts_supervised_tokens_not_masked_ones(params):
 def test_gradient_does_not_depend_on_accumulation(params, objective):
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(0, 3, (8, LENGTH)), axis=1)[:, ::-1]
-    batch = make_batch(rng.integers(0, 14, (8, LENGTH)), segments)
+    batch = with_pairs(make_batch(rng.integers(0, 14, (8, LENGTH)), segments))
     cfg = TrainConfig(optimizer=OptimizerConfig())
     state = init_state(cfg, params)
     gradient = jax.jit(accumulated, static_argnums=(0, 1, 6))
@@ -192,7 +201,7 @@ def test_gradient_does_not_depend_on_accumulation(params, objective):
 def test_a_train_step_holds_no_logits_of_all_tokens(objective):
     """Every array of the step's program with the vocabulary among its axes is smaller."""
     cfg = config(vocab_size=41)
-    batch = make_batch(np.zeros((4, 512), int))
+    batch = with_pairs(make_batch(np.zeros((4, 512), int)))
     state = jax.eval_shape(lambda: init_state(TrainConfig(), init_params(cfg, 0)))
     step = make_train_step(TrainConfig(), cfg, objective)
     program = step.lower(state, batch, context(4)).as_text()
