@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels.block_attention.decode import ContiguousCache, PagedCache, decode_attention
 from pallas_kernels.block_attention.splash import attend_splash
@@ -67,6 +68,12 @@ def tpu_device(chip: str):
     return topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices[0]
 
 
+def describing(device):
+    """Context in which the kernels take what they need to know of a chip from this device."""
+    described = AbstractDevice(device.device_kind, device.num_cores, device.platform)
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=described))
+
+
 def compile_for(device, function: Callable, *arguments: Any) -> Compiled:
     """Compiles `function` for one device. arguments: pytrees of arrays or ShapeDtypeStructs."""
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -74,7 +81,8 @@ def compile_for(device, function: Callable, *arguments: Any) -> Compiled:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
     start = time.perf_counter()
-    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    with describing(device):
+        analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
     seconds = time.perf_counter() - start
     if analysis is None:
         raise RuntimeError(f"{device.device_kind}: the compiler says nothing about memory")

@@ -1,5 +1,6 @@
 """The TPU kernels in interpret mode: the contract, strips, and what the schedule promises."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.block_attention.tpu import Tiles, attend_tpu, computed_pairs
-from pallas_kernels.block_attention.tpu.launch import SCALAR_MEMORY, make_strip
+from pallas_kernels.block_attention.tpu.launch import make_strip
+from pallas_kernels.block_attention.tpu.memory import BACKWARD, FORWARD, SCALAR_MEMORY
 from pallas_kernels.block_attention.tpu.schedule import (
     ALIGNMENT,
     tile_bounds,
@@ -44,17 +46,22 @@ def rows(documents, *, length, block_size=32, seed=0, count=2, **kwargs):
     return packed_layout(rng, count, length, documents, block_size=block_size, **kwargs)
 
 
-# Room for 384 keys in the forward and 128 in the backward kernel: 2 and 5 strips.
-IN_STRIPS = output_and_gradients(
-    functools.partial(attend, tiles=Tiles(resident_bytes=384 * 2 * 2 * 16 * 4))
+IN_STRIPS = Tiles(wide=128)  # of tiny heads, two on top of each other
+IN_STRIPS = dataclasses.replace(
+    IN_STRIPS,  # room for 128 keys in the backward kernel
+    vmem_bytes=BACKWARD.working_bytes(256, 16, "float32", IN_STRIPS)
+    + 128 * BACKWARD.bytes_per_key(16, "float32"),
 )
+attend_in_strips = output_and_gradients(functools.partial(attend, tiles=IN_STRIPS))
 
 
 @pytest.mark.parametrize("documents", ["none", "straddling", "many_tiny"])
 def test_strips_of_keys_add_up_to_the_row(documents):
     layout = rows(documents, length=300, padding=11)
     inputs = draw_inputs(layout, "tiny", "float32")
-    assert_close(IN_STRIPS(*inputs, layout), oracle(*inputs, layout), 1e-5)
+    strips = [p.strip_length(600, 256, 16, "float32", IN_STRIPS) for p in (FORWARD, BACKWARD)]
+    assert strips == [384, 128]
+    assert_close(attend_in_strips(*inputs, layout), oracle(*inputs, layout), 1e-5)
 
 
 def test_default_tiles_and_wide_steps():
@@ -208,8 +215,8 @@ def test_bad_inputs_are_named():
         attend(q, k, v.astype(jnp.bfloat16), layout)
     with pytest.raises(ValueError, match="intervals"):
         attend(q, k, v, rows("none", length=60))
-    with pytest.raises(ValueError, match="resident_bytes=1000"):
-        attend(q, k, v, layout, Tiles(resident_bytes=1000))
+    with pytest.raises(ValueError, match="1000 bytes of VMEM do not hold 128 keys of 2048 bytes"):
+        attend(q, k, v, layout, Tiles(vmem_bytes=1000))
 
 
 def test_under_shard_map():

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.block_attention.decode.cache import Cache, PagedCache
 from pallas_kernels.block_attention.decode.online_softmax import Partial, attend, no_keys, output
+from pallas_kernels.block_attention.tpu.memory import check_scalars
 
 _SCORES = 2**18  # scores a step, at most: one MiB of fp32
 _CHUNK = 1024  # keys a step, at most: longer copies would not be faster
@@ -34,7 +35,10 @@ def decode_tpu(
     *,
     interpret: bool = False,
 ) -> Float[Array, "batch kv_heads rows head_dim"]:
-    """As `api.decode_attention`, of queries that are scaled and stacked as `api` does it."""
+    """As `api.decode_attention`, of queries that are scaled and stacked as `api` does it.
+
+    Raises: ValueError where the schedule does not fit scalar memory.
+    """
     batch, kv_heads, rows, head_dim = q.shape
     queries = mask.shape[1]
     group = rows // queries
@@ -43,6 +47,11 @@ def decode_tpu(
     pool = (cache.k_pages, cache.v_pages) if isinstance(cache, PagedCache) else (cache.k, cache.v)
     part, parts = _chunk_shape(cache, rows)
     plan = _schedule(cache, part, parts)
+    check_scalars(
+        f"the schedule of {batch} rows over a cache of {cache.capacity} in copies of {part}",
+        (plan.row, plan.chunk, plan.left, plan.source),
+        "fewer rows a device, a smaller cache, or larger pages",
+    )
 
     def of_row(head, step, row, *_):
         return row[step], head, 0, 0

@@ -23,8 +23,10 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.block_attention.counting import count_at_most
 from pallas_kernels.block_layout import KeyIntervals
 
 RUNS = 3
@@ -68,13 +70,8 @@ def runs_of(intervals: KeyIntervals) -> tuple[Bounds, Bounds]:
 
 def seen_keys(starts: Bounds, ends: Bounds, keys: int) -> Bool[Array, "batch keys"]:
     """Keys that some query of the row sees."""
-
-    def count(bounds):
-        counts = jnp.zeros((bounds.shape[0], keys + 1), jnp.int32)
-        rows = jnp.arange(bounds.shape[0])[:, None]
-        return counts.at[rows, bounds.reshape(bounds.shape[0], -1)].add(1)
-
-    return jnp.cumsum(count(starts) - count(ends), axis=1)[:, :-1] > 0
+    begun, ended = (count_at_most(x.reshape(x.shape[0], -1), keys) for x in (starts, ends))
+    return begun > ended
 
 
 def key_ranges(starts: Bounds, ends: Bounds, tile: int, key_tile: int) -> TileRanges:
@@ -93,22 +90,37 @@ def key_ranges(starts: Bounds, ends: Bounds, tile: int, key_tile: int) -> TileRa
 def query_ranges(ranges: TileRanges, key_tiles: int) -> TileRanges:
     """The inverse of `key_ranges`: ranges of query tiles for each of the key tiles.
 
-    A range spans all query tiles that visit the key tile; tiles inside it that do not are masked,
-    so that any intervals give right results, and those of a `BlockLayout` tight ones.
+    Right for any intervals: a range spans all query tiles that visit the key tile, those inside it
+    that do not are masked, and only tiles that are allowed whole go without a mask. Tight for those
+    of a `BlockLayout`, whose bounds do not decrease from tile to tile.
     """
-    first, full_first, full_last, last = jnp.moveaxis(ranges[:, None], -1, 0)  # [b, 1, tiles, runs]
-    key = jnp.arange(key_tiles, dtype=jnp.int32)[:, None, None]
+    first, full_first, full_last, last = jnp.moveaxis(ranges.swapaxes(1, 2), -1, 0)
+    # Tile t may visit a key if some tile up to t ends behind it, and some from t on begins before.
+    low = count_at_most(lax.cummax(last, axis=2), key_tiles)
+    begins = jnp.where(first < last, first, key_tiles)
+    high = count_at_most(lax.cummin(begins, axis=2, reverse=True), key_tiles)
+    return _ordered(low, *_whole_run(full_first, full_last, key_tiles), high).swapaxes(1, 2)
 
-    def hull(inside):
-        tile = jnp.arange(inside.shape[2], dtype=jnp.int32)[:, None]
-        low = jnp.where(inside, tile, jnp.iinfo(jnp.int32).max).min(2)
-        high = jnp.where(inside, tile + 1, 0).max(2)
-        return low, high, inside.sum(2)
 
-    low, high, _ = hull((first <= key) & (key < last))
-    full_low, full_high, full = hull((full_first <= key) & (key < full_last))
-    gaps = full != full_high - full_low
-    return _ordered(low, jnp.where(gaps, high, full_low), full_high, high)
+def _whole_run(first, last, key_tiles: int):
+    """One run of tiles [low, high) for each key tile, all of which hold it in [first, last)."""
+    tiles = first.shape[2]
+    some, index = first < last, jnp.arange(tiles, dtype=jnp.int32)
+    ends, begins = jnp.where(some, last, key_tiles), jnp.where(some, first, 0)
+    # From the last tile that ends before the key to the first that begins behind it, every tile
+    # that holds anything holds the key. The run is there if, its ends apart, all of them do.
+    low = count_at_most(lax.cummin(ends, axis=2, reverse=True), key_tiles)
+    high = count_at_most(lax.cummax(begins, axis=2), key_tiles)
+    after = lax.cummin(jnp.where(some, index, tiles), axis=2, reverse=True)
+    before = lax.cummax(jnp.where(some, index + 1, 0), axis=2)
+    low = _at(jnp.pad(after, ((0, 0), (0, 0), (0, 1)), constant_values=tiles), low)
+    high = _at(jnp.pad(before, ((0, 0), (0, 0), (1, 0))), high)
+    held = jnp.pad(jnp.cumsum(some, axis=2, dtype=jnp.int32), ((0, 0), (0, 0), (1, 0)))
+    return low, jnp.where(_at(held, high) - _at(held, low) == high - low, high, low)
+
+
+def _at(x, index):
+    return jnp.take_along_axis(x, index, axis=2)
 
 
 def _ordered(first, full_first, full_last, last) -> TileRanges:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.block_attention.tpu.backward import backward
 from pallas_kernels.block_attention.tpu.forward import forward
 from pallas_kernels.block_attention.tpu.launch import make_strip
+from pallas_kernels.block_attention.tpu.memory import BACKWARD, FORWARD, Pass
 from pallas_kernels.block_attention.tpu.schedule import Tiles, count_pairs, tile_bounds
 from pallas_kernels.block_layout import KeyIntervals
 
@@ -62,26 +63,22 @@ def computed_pairs(
     keys: int,
     tiles: Tiles = DEFAULT_TILES,
     *,
+    group: int = 4,
     head_dim: int = 128,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> tuple[int, int]:
     """Query-key pairs in the kernels' schedules, (forward, backward), per query head.
 
     Summed over the batch, masked and padded pairs included; `intervals.count().sum()` is the ideal.
-    keys: length of the key axis. head_dim, dtype: decide where a long row is cut into strips.
+    keys: length of the key axis. group (query heads a kv head), head_dim, dtype: decide, with the
+    chip's VMEM, where a long row is cut into strips.
     """
+    rows = tiles.queries * group
     forward_pairs, backward_pairs = (
-        count_pairs(intervals, keys, tiles, size) for size in _bytes_per_key(head_dim, dtype)
+        count_pairs(intervals, keys, of.strip_length(keys, rows, head_dim, dtype, tiles), tiles)
+        for of in (FORWARD, BACKWARD)
     )
     return forward_pairs, backward_pairs
-
-
-def _bytes_per_key(head_dim: int, dtype: jax.typing.DTypeLike) -> tuple[int, int]:
-    """VMEM of a resident key, forward and backward: k and v; backward also their fp32 gradients.
-    Twice, since the next row or head is fetched while this one is at work."""
-    pair = 2 * head_dim
-    operands, gradients = pair * jnp.dtype(dtype).itemsize, pair * 4
-    return 2 * operands, 2 * (operands + gradients)
 
 
 def _check(q, k, v, intervals: KeyIntervals) -> None:
@@ -105,10 +102,10 @@ def _attend(q, k, v, intervals, tiles, interpret):
 
 def _attend_forward(q, k, v, intervals, tiles, interpret):
     kv_heads, head_dim = k.shape[2:]
-    length, count = _strips(k, tiles, _bytes_per_key(head_dim, k.dtype)[0])
     seen = intervals.count() > 0
     scale = head_dim**-0.5 * math.log2(math.e)
     stacked = _stack((q.astype(jnp.float32) * scale).astype(q.dtype), seen, kv_heads, tiles)
+    length, count = _strips(FORWARD, k.shape[1], stacked, tiles)
     k, v = (_resident(x, seen, length * count) for x in (k, v))
     bounds = tile_bounds(intervals, tiles)
 
@@ -126,8 +123,8 @@ def _attend_forward(q, k, v, intervals, tiles, interpret):
 
 def _attend_backward(tiles, interpret, residuals, d_output):
     q, k, v, intervals, output, lse = residuals
-    kv_heads, head_dim = k.shape[1], k.shape[3]
-    length, count = _strips(output, tiles, _bytes_per_key(head_dim, k.dtype)[1])
+    kv_heads = k.shape[1]
+    length, count = _strips(BACKWARD, output.shape[1], q, tiles)
     seen = intervals.count() > 0
     k, v = (_fit(x, length * count) for x in (k, v))
     delta = (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1, keepdims=True)
@@ -152,10 +149,10 @@ def _attend_backward(tiles, interpret, residuals, d_output):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _strips(x, tiles: Tiles, bytes_per_key: int) -> tuple[int, int]:
-    """Length and number of the strips of a row's keys."""
-    keys = x.shape[1]
-    length = tiles.strip_length(keys, bytes_per_key)
+def _strips(of: Pass, keys: int, stacked, tiles: Tiles) -> tuple[int, int]:
+    """Length and number of the strips of a row's keys, for the queries of `_stack`."""
+    rows, head_dim = stacked.shape[3:]
+    length = of.strip_length(keys, rows, head_dim, stacked.dtype, tiles)
     return length, -(-keys // length)
 
 

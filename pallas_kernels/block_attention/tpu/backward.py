@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_attention.tpu.launch import NN, NT, TN, Strip, dot, hide, launch
+from pallas_kernels.block_attention.tpu.memory import BACKWARD
 from pallas_kernels.block_attention.tpu.schedule import ALIGNMENT, Tiles, visit_windows
 
 
@@ -38,13 +39,13 @@ def backward(strip: Strip, q, k, v, d_output, lse, delta, carry=()):
         functools.partial(_kernel, tiles=strip.tiles, carried=bool(carry)),
         strip,
         name="block_attention_backward",
+        of=BACKWARD,
         of_strip=(k, v),
         of_tile=(q, d_output, lse, delta),
         carry=carry,
         tile_outputs=(jax.ShapeDtypeStruct(q.shape, dtype),),
         strip_outputs=(of_strip, of_strip),
         scratch=[pltpu.VMEM((head_dim, rows), jnp.float32)],
-        matmuls=5,
     )
 
 

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_attention.tpu.launch import MASKED, NT, TN, Strip, dot, hide, launch
+from pallas_kernels.block_attention.tpu.memory import FORWARD
 from pallas_kernels.block_attention.tpu.schedule import ALIGNMENT, Tiles, visit_windows
 
 EMPTY = MASKED / 2
@@ -34,6 +35,7 @@ def forward(strip: Strip, q, k, v, carry=()):
         functools.partial(_kernel, tiles=strip.tiles, carried=bool(carry)),
         strip,
         name="block_attention_forward",
+        of=FORWARD,
         of_strip=(k, v),
         of_tile=(q,),
         carry=carry,
@@ -43,7 +45,6 @@ def forward(strip: Strip, q, k, v, carry=()):
         ),
         strip_outputs=(),
         scratch=[pltpu.VMEM((head_dim, rows), jnp.float32)],
-        matmuls=2,
     )
 
 

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from pallas_kernels.block_attention.tpu.memory import Pass, check_scalars
 from pallas_kernels.block_attention.tpu.schedule import (
     Bounds,
     Tiles,
@@ -29,9 +30,6 @@ MASKED = -1e30  # a hidden score: finite, so that no difference of two is NaN
 NN = ((1,), (0,))
 NT = ((1,), (1,))
 TN = ((0,), (0,))
-
-SCALAR_MEMORY = 1 << 20  # bytes, of every TPU since v4
-SPARE_VMEM = 4 << 20  # for what the compiler keeps
 
 
 def dot(a, b, contract):
@@ -98,17 +96,18 @@ def launch(
     strip: Strip,
     *,
     name: str,
+    of: Pass,
     of_strip: Sequence[Array],
     of_tile: Sequence[Array],
     carry: Sequence[Array],
     tile_outputs: Sequence[jax.ShapeDtypeStruct],
     strip_outputs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
-    matmuls: int,
 ):
     """Runs `kernel` for every row, kv head and visited tile, in this order of loops.
 
     Args:
+      of: what the call is the kernel of.
       kernel: called with (step of the row, whether it has work, tile, runs) and references to
         bounds, of_strip, of_tile, carry, tile_outputs, strip_outputs and scratch, without their
         leading axes.
@@ -117,17 +116,15 @@ def launch(
       carry: what the strips before left of the tile outputs, updated in place.
       tile_outputs, strip_outputs: likewise; the latter hold this strip only.
       scratch: VMEM of the kernel.
-      matmuls: per pair, for the cost estimate.
     """
     tiles, (batch, kv_heads, number, rows, head_dim) = strip.tiles, of_tile[0].shape
     prefetched = (jnp.full((1,), strip.index, jnp.int32), strip.order, strip.counts)
     runs = strip.runs.reshape(batch, 1, -1)
-    scalars = 4 * sum(math.prod(x.shape) for x in prefetched) + 2 * 4 * runs.shape[-1]
-    if scalars > SCALAR_MEMORY:
-        raise ValueError(
-            f"the schedule of {batch} rows of {number} tiles takes {scalars} of "
-            f"{SCALAR_MEMORY} bytes of scalar memory: fewer rows a device, or larger Tiles.queries"
-        )
+    check_scalars(
+        f"the schedule of {batch} rows of {number} tiles",
+        (*prefetched, runs[0], runs[0]),  # one row's runs at work, the next one's on their way
+        "fewer rows a device, or larger Tiles.queries",
+    )
 
     def tile_spec(x):
         shape = (None, None, None, *x.shape[3:])
@@ -151,12 +148,8 @@ def launch(
     ]
     varies = jax.typeof(of_tile[0]).manual_axis_type  # over the mesh, inside a shard_map
     outputs = [x.update(manual_axis_type=varies) for x in (*tile_outputs, *strip_outputs)]
-    blocks = sum(strip.length * x.shape[3] * x.dtype.itemsize for x in (*of_strip, *strip_outputs))
-    blocks += sum(
-        math.prod(x.shape[3:]) * x.dtype.itemsize for x in (*of_tile, *carry, *tile_outputs)
-    )
-    step = matmuls * tiles.wide * rows * 4  # generous: the scores of a step and what follows them
-    vmem = 2 * blocks + step + SPARE_VMEM
+    vmem = strip.length * of.bytes_per_key(head_dim, of_strip[0].dtype)
+    vmem += of.working_bytes(rows, head_dim, of_strip[0].dtype, tiles)
     first_carry = len(prefetched) + 2 + len(of_strip) + len(of_tile)
 
     def body(index, order, counts, runs, bounds, *refs):
@@ -179,7 +172,7 @@ def launch(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * matmuls * pairs * head_dim // 4,
+            flops=2 * of.matmuls * pairs * head_dim // 4,
             transcendentals=pairs // 4,
             bytes_accessed=sum(
                 math.prod(x.shape) * x.dtype.itemsize for x in (*of_strip, *of_tile, *outputs)

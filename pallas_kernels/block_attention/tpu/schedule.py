@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
+from pallas_kernels.block_attention.counting import count_at_most
 from pallas_kernels.block_layout import KeyIntervals
 
 RUNS = 2  # key intervals of a query
@@ -40,15 +41,14 @@ class Tiles:
       a matmul has `queries x group` rows. A multiple of 128.
     keys: keys of a masked window. A multiple of 128.
     wide: keys of an unmasked step. A multiple of `keys`.
-    resident_bytes: VMEM for keys, values and their gradients, double-buffered. It decides how many
-      keys one kernel call holds, in `strip_length`. The default suits the 64 MiB of v5p and tpu7x;
-      v5e and v6e have 128 MiB.
+    vmem_bytes: VMEM that a kernel call may ask for, which decides how many keys it holds
+      (`memory`). None: what a core of the chip has.
     """
 
     queries: int = 128
     keys: int = 128
     wide: int = 512
-    resident_bytes: int = 48 << 20
+    vmem_bytes: int | None = None
 
     def __post_init__(self):
         for name in ("queries", "keys"):
@@ -56,17 +56,6 @@ class Tiles:
                 raise ValueError(f"Tiles.{name}={getattr(self, name)}: a positive multiple of 128")
         if self.wide <= 0 or self.wide % self.keys:
             raise ValueError(f"Tiles.wide={self.wide}: a positive multiple of keys={self.keys}")
-
-    def strip_length(self, keys: int, bytes_per_key: int) -> int:
-        """Keys that one kernel call holds in VMEM: the row, or an equal part of it."""
-        most = self.resident_bytes // bytes_per_key // self.keys * self.keys
-        if most == 0:
-            raise ValueError(
-                f"Tiles.resident_bytes={self.resident_bytes} holds less than {self.keys} keys of "
-                f"{bytes_per_key} bytes: raise it, or lower Tiles.keys"
-            )
-        strips = pl.cdiv(keys, most)
-        return pl.cdiv(pl.cdiv(keys, strips), self.keys) * self.keys
 
 
 def tile_bounds(intervals: KeyIntervals, tiles: Tiles) -> Bounds:
@@ -125,7 +114,7 @@ def tiles_to_visit(
     visit = jnp.arange(done.shape[1], dtype=jnp.int32)
     visit = jnp.minimum(visit, counts[:, None] - 1)
     # The n-th tile with work has n of them before it. A sort would take the compiler 13 s.
-    order = (done[:, None, :] <= visit[:, :, None]).sum(-1, dtype=jnp.int32)
+    order = jnp.take_along_axis(count_at_most(done, done.shape[1]), visit, axis=1)
     return jnp.minimum(order, done.shape[1] - 1), counts
 
 
@@ -159,9 +148,11 @@ def visit_windows(
     return lax.fori_loop(0, RUNS, one_run, state)
 
 
-def count_pairs(intervals: KeyIntervals, keys: int, tiles: Tiles, bytes_per_key: int) -> int:
-    """Query-key pairs of one query head that the schedule computes, masked ones included."""
-    strip = tiles.strip_length(keys, bytes_per_key)
+def count_pairs(intervals: KeyIntervals, keys: int, strip: int, tiles: Tiles) -> int:
+    """Query-key pairs of one query head that the schedule computes, masked ones included.
+
+    strip: keys that a kernel call holds.
+    """
     bounds = tile_bounds(intervals, tiles)
     total = 0
     for begin in range(0, keys, strip):
