@@ -20,8 +20,10 @@ LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.cache/libtp
 PYTEST_ARGS ?=
 # More arguments for the torture, e.g. make torture TORTURE_ARGS="--faults 50 --seed 1"
 TORTURE_ARGS ?=
+# Cases that each fuzz test draws, e.g. make fuzz FUZZ_EXAMPLES=100000
+FUZZ_EXAMPLES ?= 5000
 
-.PHONY: help setup quickstart quickstart-long torture test test-kernels lint format bench aot wheel pins clean
+.PHONY: help setup quickstart quickstart-long torture fuzz test test-kernels lint format bench aot wheel pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +60,10 @@ test: lint $(LIBTPU) ## lint, then all tests
 
 torture: setup ## survive 1000 random kills, preemptions, full disks and damaged checkpoints; resumable
 	$(BIN)/python -m tests.torture --out runs/torture $(TORTURE_ARGS)
+
+fuzz: setup ## search the readers of configs, data, templates and checkpoints for crashes; minutes
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -n 2 \
+	  tests/unit/test_fuzz.py tests/unit/test_data_fuzz.py $(PYTEST_ARGS)
 
 test-kernels: setup ## every case of the attention contract for every backend, in interpret mode; hours
 	KERNEL_CASES=all JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \

@@ -1,17 +1,16 @@
 """Whatever the bytes: rows come, or a BadRow or SourceError says why none does.
 
-FUZZ_EXAMPLES=5000 searches for minutes instead of seconds; what it finds becomes an @example.
+`make fuzz` searches for minutes instead of seconds; what it finds becomes an @example.
 """
 
 import contextlib
 import json
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llada2_jax.data import sources
@@ -22,18 +21,10 @@ from llada2_jax.data.prepare import MANIFEST, prepare
 from llada2_jax.data.prepared import PreparedDocuments, PreparedError
 from llada2_jax.data.sources import SourceSpec, plan, read
 from tests.data_helpers import SPECIAL, files, job, texts, write_jsonl
+from tests.fuzzing import fuzz, json_values
 
-SEARCH = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "50")), deadline=None)
 FORMATS = ("a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.array_record")
 TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
-
 
 # --------------------------------------------------------------------------------------- lines
 
@@ -41,7 +32,7 @@ line = st.binary(max_size=40) | json_values.map(lambda v: json.dumps(v).encode()
 
 
 @given(st.lists(line, max_size=12), st.integers(1, 60))
-@SEARCH
+@fuzz
 @example([b'{"text": "a"}', b"", b"\r", b"{}"], 1)
 @example([b"[" * 100_000], 7)
 @example([b"1" * 5000], 7)
@@ -66,7 +57,7 @@ def test_lines_are_objects_or_bad_rows_wherever_units_are_cut(lines, step):
 
 
 @given(st.binary(max_size=200), st.sampled_from(FORMATS))
-@SEARCH
+@fuzz
 def test_files_that_are_not_what_they_say(data, name):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_bytes(data)
@@ -119,7 +110,7 @@ row = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("content", ENCODERS)
 @given(row)
-@SEARCH
+@fuzz
 def test_any_row_is_an_example_or_a_bad_row(content, value):
     try:
         result = ENCODERS[content](value)
@@ -148,7 +139,7 @@ conversation = st.lists(
 
 
 @given(conversation)
-@SEARCH
+@fuzz
 def test_what_is_learned_is_what_the_assistant_says(turns):
     """Spelled out from the messages alone, not through a template."""
     example = ENCODERS["chat"]({"messages": turns})
@@ -185,7 +176,7 @@ snippets = st.sampled_from(
 
 
 @given((st.lists(snippets, max_size=8).map("".join)) | st.text(max_size=20), conversation)
-@SEARCH
+@fuzz
 def test_any_template_is_refused_or_renders_turns_in_order(source, turns):
     try:
         rendered = ChatTemplate(source).render_turns(turns)
@@ -201,7 +192,7 @@ def test_any_template_is_refused_or_renders_turns_in_order(source, turns):
         st.sampled_from(TOKENIZER_FILES), st.text(max_size=30) | json_values.map(json.dumps)
     )
 )
-@SEARCH
+@fuzz
 def test_any_tokenizer_files_have_a_template_or_an_error(found):
     with contextlib.suppress(TemplateError):
         assert isinstance(template_of(found), ChatTemplate)
@@ -211,7 +202,7 @@ def test_any_tokenizer_files_have_a_template_or_an_error(found):
 
 
 @given(st.binary(max_size=60), st.sampled_from(["<u2", "<u4"]))
-@SEARCH
+@fuzz
 def test_any_bytes_are_a_record_or_an_error(record, dtype):
     try:
         tokens, weights = decode_record(record, np.dtype(dtype))
@@ -229,7 +220,7 @@ def prepared(tmp_path_factory):
 
 
 @given(st.data())
-@SEARCH
+@fuzz
 def test_any_change_of_a_manifest_is_read_or_refused(prepared, data):
     path = prepared / MANIFEST
     good = path.read_text()
@@ -255,7 +246,7 @@ def test_any_change_of_a_manifest_is_read_or_refused(prepared, data):
 
 
 @given(st.binary(max_size=300))
-@SEARCH
+@fuzz
 def test_any_bytes_for_a_manifest(prepared, data):
     path = prepared / MANIFEST
     good = path.read_bytes()

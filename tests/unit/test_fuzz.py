@@ -1,17 +1,16 @@
 """Readers of what others wrote: whatever the input, a value or the documented error, nothing else.
 
-What they found is kept as explicit examples. HYPOTHESIS_MAX_EXAMPLES=20000 makes them run for long.
+What they found is kept as explicit examples; `make fuzz` looks for more.
 """
 
 import contextlib
 import json
-import os
 import struct
 
 import ml_collections
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llada2_jax import checkpoint
@@ -22,23 +21,8 @@ from llada2_jax.merge import select_best
 from llada2_jax.train import MISTAKES, parse_flags
 from llada2_jax.train_checkpoints import Retention
 from llada2_jax.types import SpecialTokens
+from tests.fuzzing import fuzz, json_values, scalars
 from tests.helpers import TINY
-
-fuzz = settings(
-    max_examples=int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", 100)),
-    deadline=None,
-    derandomize="HYPOTHESIS_MAX_EXAMPLES" not in os.environ,
-)
-
-scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-)  # fmt: skip
-json_values = st.recursive(
-    scalars,
-    lambda child: st.lists(child, max_size=3) | st.dictionaries(st.text(max_size=8), child),
-    max_leaves=8,
-)
-
 
 # ---- configs -------------------------------------------------------------------------------------
 
