@@ -23,7 +23,7 @@ TORTURE_ARGS ?=
 # Cases that each fuzz test draws, e.g. make fuzz FUZZ_EXAMPLES=100000
 FUZZ_EXAMPLES ?= 5000
 
-.PHONY: help setup quickstart quickstart-long torture fuzz test test-kernels lint format bench aot wheel pins clean
+.PHONY: help setup quickstart quickstart-long torture fuzz test test-slow test-kernels lint format bench aot wheel pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ quickstart-long: setup ## the same with a real budget (hours on 2 cores); run it
 
 test: lint $(LIBTPU) ## lint, then all tests
 	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-slow: setup ## the tests marked slow: jobs of up to four processes; minutes
+	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 0 -m slow $(PYTEST_ARGS)
 
 torture: setup ## survive 1000 random kills, preemptions, full disks and damaged checkpoints; resumable
 	$(BIN)/python -m tests.torture --out runs/torture $(TORTURE_ARGS)

@@ -269,6 +269,17 @@ class RuntimeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes: one on each host of a TPU slice, or on each GPU. enabled: look for them in
+    the environment (see distributed.py). start_seconds: how long to wait until all are there.
+    heartbeat_seconds: a process that is not heard of for so long is dead, and the job ends."""
+
+    enabled: bool = True
+    start_seconds: int = 300
+    heartbeat_seconds: int = 30
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run. model: architecture when init.checkpoint is empty; else it must be empty.
     workdir: where checkpoints, metrics and the config go; a run found there is resumed.
@@ -290,6 +301,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     spikes: SpikeConfig = SpikeConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    distributed: DistributedConfig = DistributedConfig()
     log_every: int = 10
     wandb_project: str = ""
 
@@ -431,6 +443,8 @@ _POSITIVE = (
     "eval.samples",
     "checkpoint.keep_last",
     "checkpoint.preemption_seconds",
+    "distributed.start_seconds",
+    "distributed.heartbeat_seconds",
     "spikes.deviations",
     "spikes.window",
     "log_every",

@@ -94,5 +94,6 @@ class PreemptionNotice(contextlib.AbstractContextManager):
 
 def _exit(status: int, message: str) -> NoReturn:
     """Ends the process whatever its main thread is doing."""
-    print(f"preempted: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody listens any more
+        print(f"preempted: {message}", file=sys.stderr, flush=True)
     os._exit(status)

@@ -30,6 +30,7 @@ from llada2_jax.checksums import json_checksum, tree_checksums
 from llada2_jax.config import ConfigError, Phase, TrainConfig, model_dict, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
+from llada2_jax.distributed import DistributedError, joined
 from llada2_jax.evals.likelihood import validation_contexts
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.config import config_to_hf, special_tokens
@@ -524,7 +525,14 @@ class _Trace:
 
 
 # What a user can put right; OSError is how ml_collections says that a config file does not exist.
-MISTAKES = (ConfigError, CheckpointError, TrainingStopped, flags.Error, OSError)
+MISTAKES = (
+    ConfigError,
+    CheckpointError,
+    DistributedError,
+    TrainingStopped,
+    flags.Error,
+    OSError,
+)
 
 
 def parse_flags(
@@ -563,7 +571,9 @@ def main(argv: list[str]) -> int:
         if values.print_config:
             print(values.config)
             return 0
-        train(validate(values.config), profile=values.profile)
+        cfg = validate(values.config)
+        with joined(cfg.distributed, MISTAKES):
+            train(cfg, profile=values.profile)
     except MISTAKES as error:
         print(f"llada2 train: {error}", file=sys.stderr)
         return 1
