@@ -16,6 +16,9 @@ STAMP := .venv/.stamp
 # The TPU compiler, for machines without a TPU; there is one for this platform only.
 LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.cache/libtpu/libtpu/libtpu.so)
 
+# The packages that `make test-oldest` takes older: jax|jaxlib
+OLDEST = $(shell sed -n 's/==.*//p' constraints-oldest.txt | paste -sd'|')
+
 # More arguments for pytest, e.g. make test PYTEST_ARGS="-k sampler"
 PYTEST_ARGS ?=
 # More arguments for the torture, e.g. make torture TORTURE_ARGS="--faults 50 --seed 1"
@@ -23,7 +26,7 @@ TORTURE_ARGS ?=
 # Cases that each fuzz test draws, e.g. make fuzz FUZZ_EXAMPLES=100000
 FUZZ_EXAMPLES ?= 5000
 
-.PHONY: help setup quickstart quickstart-long torture fuzz test test-slow test-kernels lint format bench aot wheel pins clean
+.PHONY: help setup quickstart quickstart-long torture fuzz test test-slow test-oldest test-kernels lint format bench aot wheel pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -55,11 +58,14 @@ quickstart: setup ## the whole conversion on this machine, about 10 minutes; wri
 quickstart-long: setup ## the same with a real budget (hours on 2 cores); run it again to resume
 	$(BIN)/llada2 quickstart --config=configs/quickstart_long.py
 
-test: lint $(LIBTPU) ## lint, then all tests
+test: lint $(LIBTPU) ## lint, then all tests, about 12 minutes
 	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-slow: setup ## the tests marked slow: jobs of up to four processes; minutes
 	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 0 -m slow $(PYTEST_ARGS)
+
+test-oldest: .cache/oldest/.stamp ## the tests under the oldest jax that works, in an environment of its own
+	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax-oldest" .cache/oldest/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
 torture: setup ## survive 1000 random kills, preemptions, full disks and damaged checkpoints; resumable
 	$(BIN)/python -m tests.torture --out runs/torture $(TORTURE_ARGS)
@@ -91,6 +97,15 @@ aot: setup $(LIBTPU) ## compile the kernels for TPU v5e, v5p, v6e and 7x, withou
 .cache/libtpu/libtpu/libtpu.so: requirements-libtpu.txt | $(STAMP)
 	@echo "Fetching the TPU compiler into .cache/libtpu (640 MB on disk)"
 	@$(PIP) install -qq --no-deps --upgrade --target .cache/libtpu -r $<
+	@touch $@
+
+# constraints.txt, but with the versions of constraints-oldest.txt where that has any.
+.cache/oldest/.stamp: pyproject.toml constraints.txt constraints-oldest.txt | $(STAMP)
+	$(BIN)/python -m venv .cache/oldest
+	{ cat constraints-oldest.txt; grep -vxiE '($(OLDEST))==.*' constraints.txt; } > .cache/oldest/constraints.txt
+	.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check -c .cache/oldest/constraints.txt hatchling editables
+	.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check -c .cache/oldest/constraints.txt \
+	  --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 wheel: setup ## build the wheel into dist/

@@ -38,6 +38,7 @@ import tensorstore as ts
 from flax import nnx
 
 from llada2_jax import checksums
+from llada2_jax.errors import UserError
 from llada2_jax.types import ModelConfig, Params, RopeScaling, SpecialTokens
 
 FORMAT_VERSION = 1
@@ -47,7 +48,7 @@ PARAMS, OPTIMIZER = "params", "optimizer"
 MODEL, TOKENIZER, TRAIN, CHECKSUMS = "model", "tokenizer", "train", "checksums"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be read or written; the message names the part and the way out."""
 
 

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
+
 # command -> (module with a main(argv), what it does); imported only when called, so that
 # `llada2 --help` answers at once.
 COMMANDS = {
@@ -28,12 +30,13 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(
         ["usage: llada2 <command> [options]", "", "commands:", *lines, ""]
-        + ["llada2 <command> --help says what a command takes; llada2 --version says its own."]
+        + ["llada2 <command> --help says what a command takes; llada2 --version says its own.", ""]
+        + [EXIT_STATUS.rstrip()]
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the process's exit status (2 for a command that does not exist)."""
+    """Runs a command; returns the process's exit status, see `errors.EXIT_STATUS`."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -50,7 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     # What was compiled once is read from disk the next time; jax reads this when it is imported.
     cache = Path.home() / ".cache" / "llada2_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+    except (UserError, OSError) as error:
+        print(f"llada2 {name}: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from typing import Any
 
 import ml_collections
 
+from llada2_jax import mask_embedding, remat
+from llada2_jax.errors import UserError
 from llada2_jax.types import ModelConfig
-from pallas_kernels.block_attention import BACKENDS
+from pallas_kernels import block_attention, grouped_matmul
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A config that cannot be run; the message names the field and the way out."""
 
 
@@ -412,24 +414,33 @@ def _convert(hint, value, where: str):
     return value
 
 
-_CHOICES = {
+CHOICES = {
     "noise.group": ("block", "sequence"),
     "noise.draw": ("count", "bernoulli"),
     "noise.weight": ("elbo", "flat"),
     "data.block_anchor": ("document", "row"),
     "data.packing": ("concat", "best_fit"),
     "data.long_documents": ("skip", "split"),
-    "init.mask_embedding": ("keep", "mean", "random"),
+    "init.mask_embedding": mask_embedding.CHOICES,
     "spikes.non_finite": ("skip", "rollback", "stop"),
     "spikes.loss": ("ignore", "skip", "rollback", "stop"),
     "spikes.grad_norm": ("ignore", "skip", "rollback", "stop"),
     "reference.memory": ("device", "host"),
-    "runtime.attention_backend": BACKENDS,
-    "runtime.experts_backend": ("tiles", "ragged_dot"),
-    "runtime.remat": ("none", "full", "dots"),
+    "runtime.attention_backend": block_attention.BACKENDS,
+    "runtime.experts_backend": grouped_matmul.BACKENDS,
+    "runtime.remat": tuple(remat.POLICIES),
     "runtime.dtype": ("bfloat16", "float32"),
     "runtime.param_dtype": ("bfloat16", "float32"),
 }
+# What an autoregressive run does not read.
+_DIFFUSION_ONLY = (
+    *(f"noise.{field.name}" for field in dataclasses.fields(NoiseConfig)),
+    *(f"embedding_noise.{field.name}" for field in dataclasses.fields(EmbeddingNoiseConfig)),
+    "data.block_anchor",
+    "eval.samples",
+    "eval.rate_buckets",
+    "eval.target_block_size",
+)
 _POSITIVE = (
     "data.row_length",
     "data.rows_per_step",
@@ -488,7 +499,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check(cfg: TrainConfig) -> None:
-    for path, choices in _CHOICES.items():
+    for path, choices in CHOICES.items():
         value = _get(cfg, path)
         _require(value in choices, f"config.{path}={value!r}: choose one of {choices}")
     for path in _POSITIVE:
@@ -544,6 +555,20 @@ def _check(cfg: TrainConfig) -> None:
                 1 <= block <= cfg.data.row_length and cfg.data.row_length % block == 0,
                 f"{where}_blocks: {block} must divide config.data.row_length={cfg.data.row_length}",
             )
+    _check_objectives(cfg)
+
+
+def _check_objectives(cfg: TrainConfig) -> None:
+    if any(phase.objective != "ar" for phase in cfg.phases):
+        return
+    for path in _DIFFUSION_ONLY:
+        value, default = _get(cfg, path), _get(TrainConfig(), path)
+        off = path == "eval.rate_buckets" and value == 0
+        _require(
+            value == default or off,
+            f"config.{path}={value!r} is not read in an autoregressive run: leave it at "
+            f"{default!r}, or set config.schedule.warmup_blocks, stable_tokens or decay_blocks",
+        )
 
 
 def _check_init(cfg: TrainConfig) -> None:

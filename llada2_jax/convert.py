@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
-from llada2_jax.checkpoint import CheckpointError
+from llada2_jax import mask_embedding
+from llada2_jax.errors import EXIT_STATUS
 from llada2_jax.hub.config import MODEL_TYPES
 from llada2_jax.hub.streaming import SHARD_BYTES, Options, convert
-from llada2_jax.model import mask_embedding
+from llada2_jax.types import DTYPES
 
-EXAMPLES = """
+EXAMPLES = f"""
 examples:
   # A released model, to a checkpoint that every command here reads:
   llada2 convert LLaDA2.0-mini checkpoints/mini
@@ -26,9 +26,9 @@ examples:
   llada2 convert runs/mini/merged out/mini-hf --dtype bfloat16 --model-type llada2_moe
 
 Memory holds about one tensor (exports: and 256 MB of chunks), never a model. DST appears when all
-of it has been written. Multi-token prediction layers are dropped, and named. Exit status: 0, or 1
-with the reason.
-"""
+of it has been written. Multi-token prediction layers are dropped, and named.
+
+{EXIT_STATUS}"""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -52,11 +52,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "src", type=Path, metavar="SRC", help="a Hugging Face folder, a checkpoint, or a run's step"
     )
-    p.add_argument("dst", type=Path, metavar="DST", help="the directory to write; must not exist")
+    p.add_argument("dst", type=Path, metavar="DST", help="the directory to write")
     p.add_argument("--to", choices=("orbax", "hf"), help="default: the other format than SRC's")
     p.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the weights written; default: as they came (exports: as they once came from "
         "Hugging Face). The router's bias keeps its own",
     )
@@ -111,11 +111,7 @@ def main(argv: list[str]) -> int:
         shard_bytes=args.shard_size,
         overwrite=args.overwrite,
     )
-    try:
-        report = convert(args.src, args.dst, options)
-    except (CheckpointError, OSError) as error:
-        print(f"llada2 convert: {error}", file=sys.stderr)
-        return 1
+    report = convert(args.src, args.dst, options)
     dropped = report.pop("dropped_tensors")
     print(json.dumps(report, indent=1))
     if dropped:

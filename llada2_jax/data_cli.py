@@ -10,41 +10,40 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
+from llada2_jax import progress
 from llada2_jax.checkpoint import CheckpointError, is_checkpoint
-from llada2_jax.config import DataConfig
+from llada2_jax.config import CHOICES, DataConfig
 from llada2_jax.data import inspect as packed
 from llada2_jax.data.bench import measure
-from llada2_jax.data.chat import TemplateError
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.encoders import CONTENTS, EncodeOptions
 from llada2_jax.data.examples import BAD_ROW_KINDS
-from llada2_jax.data.prepare import Job, PrepareError, prepare, remove
+from llada2_jax.data.prepare import Job, prepare, remove
 from llada2_jax.data.prepared import prepared_tokenizer, read_manifest
 from llada2_jax.data.sources import FORMATS, SourceSpec, Unit
+from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
 from llada2_jax.hub import load_bundle
 from llada2_jax.hub.config import special_tokens
 from llada2_jax.hub.huggingface import is_hf_folder, read_tokenizer_files
+from llada2_jax.inputs import positive
 from llada2_jax.types import SpecialTokens
 
-_MISTAKES = (PrepareError, TemplateError, CheckpointError, ValueError, OSError)
-
-_EXAMPLES = """\
+_EXAMPLES = f"""\
 examples:
   llada2 data prepare /data/web data/web --tokenizer LLaDA2.0-mini
   llada2 data prepare 'gs://bucket/code/*.jsonl.zst' data/code --tokenizer DIR --field content
   llada2 data prepare chats.jsonl data/sft --tokenizer DIR --content chat --loss-turns last
   llada2 data prepare pairs.parquet data/dpo --tokenizer DIR --content preference
-  llada2 data prepare my_tasks:mixture data/mix --tokenizer DIR --format seqio \
+  llada2 data prepare my_tasks:mixture data/mix --tokenizer DIR --format seqio \\
       --content tokens --prompt-field inputs --field targets
   llada2 data inspect data/sft --packing best_fit --row-length 1024 --block-size 32
   llada2 data bench data/web --row-length 4096
 
 A prepared folder goes into a config as data.sources = ("data/web", "data/code"), with a share of
 rows for each in data.weights. Stopped or killed, prepare goes on where it was when run again.
-Exit status: 0, or 1 with the reason.
-"""
+
+{EXIT_STATUS}"""
 
 
 def main(argv: list[str]) -> int:
@@ -52,9 +51,10 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except _MISTAKES as error:
-        print(f"llada2 data {args.command}: {error}", file=sys.stderr)
-        return 1
+    except UserError:
+        raise
+    except ValueError as error:  # of a corpus, or of a library that reads somebody's format
+        raise UserError(str(error)) from error
     return 0
 
 
@@ -87,7 +87,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}-id", type=int, metavar="ID", help=about)
 
     reading = parser.add_argument_group("reading")
-    reading.add_argument("--format", choices=("auto", *FORMATS), default="auto")
+    reading.add_argument(
+        "--format", choices=("auto", *FORMATS), default="auto", help="(by the files' names)"
+    )
     reading.add_argument("--pattern", default="", help="names taken from a folder, e.g. '*.py'")
     reading.add_argument(
         "--records", choices=("json", "text"), default="json", help="what ArrayRecord files hold"
@@ -102,10 +104,14 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
 
     meaning = parser.add_argument_group("what rows mean")
-    meaning.add_argument("--content", choices=CONTENTS, default="text")
-    meaning.add_argument("--field", default="", help="that holds the text or the ids")
     meaning.add_argument(
-        "--prompt-field", default="", help="that holds what stands before it and is not learned"
+        "--content", choices=CONTENTS, default="text", help="what a row holds (text)"
+    )
+    meaning.add_argument("--field", default="", help="a row's field that holds the text or the ids")
+    meaning.add_argument(
+        "--prompt-field",
+        default="",
+        help="a row's field that holds what stands before it and is not learned",
     )
     meaning.add_argument(
         "--template",
@@ -190,7 +196,7 @@ def _progress(units: list[Unit], reports: Iterator[dict]) -> Iterator[dict]:
     """A bar over the size of the units, with tokens and bad rows beside it."""
     tokens = bad = 0
     total = sum(u.size for u in units)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="prepare", dynamic_ncols=True) as bar:
+    with progress.bar(what="preparing", total=total, unit="B") as bar:
         for report in reports:
             tokens += sum(s["tokens"] for s in report["splits"].values())
             bad += sum(report["bad"].values())
@@ -221,28 +227,44 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     default = DataConfig()
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="prepared folders")
     parser.add_argument(
-        "--weights", default="", metavar="W,W", help="share of rows of each (as many as it fills)"
+        "--weights",
+        type=_numbers,
+        default=(),
+        metavar="W,W",
+        help="share of rows of each (as many as it fills)",
     )
     parser.add_argument("--row-length", type=int, default=1024, metavar="N", help="tokens (1024)")
     parser.add_argument(
-        "--packing", choices=("concat", "best_fit"), help="(best_fit for chats and pairs)"
+        "--packing", choices=CHOICES["data.packing"], help="(best_fit for chats and pairs)"
     )
-    parser.add_argument("--pad-multiple", type=int, default=default.pad_multiple, metavar="N")
     parser.add_argument(
-        "--long-documents", choices=("skip", "split"), default=default.long_documents
+        "--pad-multiple",
+        type=positive,
+        default=default.pad_multiple,
+        metavar="N",
+        help=f"tokens that best_fit rounds documents up to ({default.pad_multiple})",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--long-documents",
+        choices=CHOICES["data.long_documents"],
+        default=default.long_documents,
+        help="what becomes of documents beyond a row under best_fit (skip)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of rows (0)")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
 
 
 def _corpus(args: argparse.Namespace) -> tuple[Corpus, DataConfig, Tokenizer]:
     manifest = read_manifest(args.folders[0])
     conversation = manifest["encode"]["content"] in ("chat", "preference")
-    weights = tuple(float(w) for w in args.weights.split(",") if w)
-    if len(weights) not in (0, len(args.folders)) or not all(w > 0 for w in weights):
-        raise ValueError(f"--weights {args.weights}: one positive number for each folder")
+    if len(args.weights) not in (0, len(args.folders)) or not all(w > 0 for w in args.weights):
+        raise UsageError(f"--weights {args.weights}: one positive number for each folder")
     cfg = DataConfig(
         sources=tuple(args.folders),
-        weights=weights,
+        weights=args.weights,
         packing=args.packing or ("best_fit" if conversation else "concat"),
         pad_multiple=args.pad_multiple,
         long_documents=args.long_documents,
@@ -294,8 +316,12 @@ def _report(corpus: Corpus, cfg: DataConfig) -> str:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_bench)
     _add_rows(parser)
-    parser.add_argument("--rows-per-step", type=int, default=32, metavar="N")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S")
+    parser.add_argument(
+        "--rows-per-step", type=positive, default=32, metavar="N", help="rows of a batch (32)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="how long to measure (5)"
+    )
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -308,7 +334,3 @@ def _bench(args: argparse.Namespace) -> None:
         seconds=args.seconds,
     )
     print(json.dumps({k: round(v, 3) for k, v in result.items()}))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,7 @@ import jax
 from jax._src import clusters, distributed  # detection, liveness and notes have no public names
 
 from llada2_jax.config import DistributedConfig
+from llada2_jax.errors import UserError
 from llada2_jax.preemption import RESTART
 from llada2_jax.retry import describe
 
@@ -33,7 +34,7 @@ _LOOK_EVERY = 1.0  # seconds
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds
 
 
-class DistributedError(RuntimeError):
+class DistributedError(UserError, RuntimeError):
     """The environment does not say who belongs to the job; the message names what is wrong."""
 
 

@@ -7,8 +7,10 @@ print(engine.generate("def fibonacci(n):").text)
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -22,10 +24,14 @@ from llada2_jax.sampler import (
     SamplerOptions,
     generate_tokens,
     stream_tokens,
+    tokens_per_forward,
 )
 
 Prompt = str | Sequence[int]
 
+_log = logging.getLogger(__name__)
+
+_DEFAULTS_FILE = "generation_config.json (of our checkpoints: their generation defaults)"
 _OPTIONS = tuple(field.name for field in dataclasses.fields(SamplerOptions))
 
 
@@ -66,12 +72,12 @@ class Completion:
     @property
     def tokens_per_forward(self) -> float:
         """Accepted tokens per denoising forward."""
-        return self.accepted / max(self.denoise_forwards, 1)
+        return tokens_per_forward(self)
 
     @property
     def tokens_per_forward_with_commits(self) -> float:
         """Accepted tokens per forward of either kind."""
-        return self.accepted / max(self.denoise_forwards + self.commit_forwards, 1)
+        return tokens_per_forward(self, commits=True)
 
 
 def load(path: str | os.PathLike[str], *, max_batch: int = 8, **kwargs: Any) -> Engine:
@@ -96,8 +102,8 @@ class Engine:
         self.bundle, self.max_batch = bundle, max_batch
         text = bundle.tokenizer_files.get("tokenizer.json")
         self.tokenizer = None if text is None else Tokenizer.from_str(text)
-        self.defaults = SamplerOptions(**_defaults(bundle.generation))
-        self.add_bos = bool(bundle.generation.get("add_bos", False))
+        self.defaults = default_options(bundle.generation)
+        self.add_bos = bool(_default(bundle.generation, "add_bos", bool))
         if self.add_bos and bundle.special.bos is None:
             raise RequestError("generation.add_bos is set, but special.bos is not: set either both")
 
@@ -132,26 +138,39 @@ class Engine:
         return None if self.tokenizer is None else self.tokenizer.decode(list(tokens))
 
     @overload
-    def generate(self, prompts: str, *, trajectory: bool = False, **options: Any) -> Completion: ...
+    def generate(
+        self,
+        prompts: str,
+        *,
+        trajectory: bool = False,
+        progress: Callable[[int], Any] | None = None,
+        **options: Any,
+    ) -> Completion: ...
 
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], *, trajectory: bool = False, **options: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        trajectory: bool = False,
+        progress: Callable[[int], Any] | None = None,
+        **options: Any,
     ) -> list[Completion]: ...
 
-    def generate(self, prompts, *, trajectory=False, **options):
+    def generate(self, prompts, *, trajectory=False, progress=None, **options):
         """Continues prompts.
 
         Args:
           prompts: a text (gives one Completion), or a list of texts or of lists of ids (gives a
             list). They may be of any lengths; batching does not change what comes out.
           trajectory: also record when each token was accepted.
+          progress: called after each batch with the number of its prompts, as tqdm's `update` is.
           options: fields of SamplerOptions, e.g. max_new_tokens=128, threshold=0.9, seed=1.
 
         Raises: RequestError that names the option or the prompt.
         """
         if isinstance(prompts, str):
-            return self.generate([prompts], trajectory=trajectory, **options)[0]
+            return self.generate([prompts], trajectory=trajectory, progress=progress, **options)[0]
         chosen = self.options(**options)
         ids = [self.encode(prompt) for prompt in prompts]
         by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
@@ -162,6 +181,8 @@ class Engine:
             generation = self._run(batch, chosen, rows)
             for index, row in enumerate(rows):
                 done[row] = self._completion(generation, index, batch[index], trajectory)
+            if progress is not None:
+                progress(len(rows))
         return [done[row] for row in range(len(ids))]
 
     def stream(
@@ -170,7 +191,10 @@ class Engine:
         """Continues one prompt: yields the text of every finished block, at last the Completion.
 
         The pieces joined are the Completion's text. A character whose bytes are not complete
-        waits for the next block. Raises as `generate`, at the call.
+        waits for the next block. Where a decoder rewrites text that was sent (none that is
+        byte-level does), what follows waits until it continues that text again; if it never does,
+        the last piece is all of the text from the first rewritten character on, and a warning is
+        logged. Raises as `generate`, at the call.
         """
         chosen, ids = self.options(**options), self.encode(prompt)
         model = self.bundle
@@ -178,16 +202,20 @@ class Engine:
         return self._stream(parts, ids, trajectory)
 
     def _stream(self, parts: Iterator[Generation], ids, trajectory) -> Iterator[str | Completion]:
-        sent, generation = "", None
+        sent, text, generation = "", "", None
         for generation in parts:
             text = self.decode(generation.tokens[0]) or ""
-            if not generation.done.all():
-                text = complete_characters(text)
-            # A decoder that rewrites what it has said (none that is byte-level) waits for the end.
-            if text.startswith(sent) and len(text) > len(sent):
-                yield text[len(sent) :]
-                sent = text
+            ready = text if generation.done.all() else complete_characters(text)
+            if ready.startswith(sent) and len(ready) > len(sent):
+                yield ready[len(sent) :]
+                sent = ready
         assert generation is not None
+        if sent != text:
+            _log.warning(
+                "the tokenizer's decoder rewrote text that had been sent: the stream's last piece "
+                "repeats the text from there on; the Completion's text is right"
+            )
+            yield text[len(os.path.commonprefix([sent, text])) :]
         yield self._completion(generation, 0, ids, trajectory)
 
     def _run(self, prompts, options: SamplerOptions, rows: list[int]) -> Generation:
@@ -219,12 +247,39 @@ def complete_characters(text: str) -> str:
     return text.rstrip("\ufffd")
 
 
-def _defaults(generation: dict[str, Any]) -> dict[str, Any]:
-    """Sampler options among a model's generation defaults. The others there (Hugging Face writes
-    many) are not the sampler's; `block_length` is the released files' name of block_size."""
-    known = {"block_length": "block_size", **{name: name for name in _OPTIONS}}
-    return {
-        known[name]: value
-        for name, value in generation.items()
-        if name in known and value is not None
-    }
+def default_options(generation: Mapping[str, Any]) -> SamplerOptions:
+    """A model's own sampler options, from its generation_config.json.
+
+    Read are the fields of SamplerOptions; `block_length`, the released files' name of block_size,
+    where that is absent; and `do_sample`: false is greedy, whatever the temperature; true
+    without one samples at temperature 1. What else Hugging Face writes there is not the sampler's.
+    null stands for the default.
+    Raises: RequestError that names the field.
+    """
+    types = typing.get_type_hints(SamplerOptions)
+    names = {"block_length": "block_size", **{name: name for name in types}}
+    given = [(ours, _default(generation, name, types[ours])) for name, ours in names.items()]
+    options = {name: value for name, value in given if value is not None}
+    sample = _default(generation, "do_sample", bool)
+    if sample is False:
+        options["temperature"] = 0.0
+    elif sample and not options.setdefault("temperature", 1.0):
+        raise _bad_default("temperature", 0.0, "more than 0 where do_sample is true")
+    try:
+        return SamplerOptions(**options)
+    except RequestError as error:
+        raise RequestError(f"{_DEFAULTS_FILE}: {error}") from None
+
+
+def _default(generation: Mapping[str, Any], name: str, hint: Any) -> Any:
+    """A field of the defaults, None where it is absent; an integer is a fine float."""
+    value = generation.get(name)
+    wanted = {float: (float, int), int: (int,), bool: (bool,)}
+    [kind] = {hint} if hint in wanted else set(typing.get_args(hint)) - {type(None)}
+    if value is not None and type(value) not in wanted[kind]:
+        raise _bad_default(name, value, f"of type {kind.__name__}")
+    return value
+
+
+def _bad_default(name: str, value: Any, rule: str) -> RequestError:
+    return RequestError(f"{_DEFAULTS_FILE}: {name} is {value!r}; it must be {rule}")

@@ -8,18 +8,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from llada2_jax.checkpoint import CheckpointError
+from llada2_jax import progress
 from llada2_jax.engine import Completion, Engine, load
+from llada2_jax.errors import EXIT_STATUS, UsageError
 from llada2_jax.inputs import (
-    InputError,
     Item,
     add_model_options,
     model_arguments,
+    positive,
     read_lines_or_stdin,
 )
-from llada2_jax.sampler import RequestError
+from llada2_jax.sampler import RequestError, SamplerOptions, tokens_per_forward
 
-_EXAMPLES = """\
+_EXAMPLES = f"""\
 examples:
   llada2 generate --checkpoint runs/quickstart/merged --prompt 'def fibonacci(n):'
   cat half_a_file.py | llada2 generate --checkpoint DIR --threshold 0.8
@@ -27,8 +28,9 @@ examples:
   llada2 generate --checkpoint DIR --prompt 'import ' --temperature 0.7 --top-p 0.9 --seed 1
 
 Completions go to stdout, everything else to stderr. A sampling option that is not given has the
-checkpoint's default, else the one in brackets. Exit status: 0, or 2 with the reason.
-"""
+checkpoint's default, else the one in brackets.
+
+{EXIT_STATUS}"""
 
 # flag -> (type, what it does); each is a field of SamplerOptions
 _OPTIONS = {
@@ -51,13 +53,8 @@ _METAVARS = {int: "N", float: "X"}
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit status: 0, or 2 for what the user can put right."""
-    args = _parser().parse_args(argv)
-    try:
-        return _run(args)
-    except (InputError, RequestError, CheckpointError, OSError) as error:
-        print(f"llada2 generate: error: {error}", file=sys.stderr)
-        return 2
+    """Runs the command; returns the exit status."""
+    return _run(_parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     output.add_argument(
         "--max-batch",
-        type=int,
+        type=positive,
         default=8,
         metavar="N",
         help="prompts decoded together, unless streamed (8)",
@@ -106,13 +103,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    options = _options(args)
     items = _items(args)
     engine = load(args.checkpoint, max_batch=args.max_batch, **model_arguments(args))
-    names = [flag.replace("-", "_") for flag in (*_OPTIONS, *_SWITCHES)]
-    options = {name: getattr(args, name) for name in names}
     as_json = args.json or args.prompts_file is not None
     if as_json or args.no_stream:
-        completions = engine.generate([item.text for item in items], **options)
+        completions = _generate(engine, items, options)
         _write(items, completions, as_json)
     else:
         completions = [_stream(engine, item, options, len(items)) for item in items]
@@ -122,10 +118,26 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that were given."""
+    names = [flag.replace("-", "_") for flag in (*_OPTIONS, *_SWITCHES)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    try:
+        SamplerOptions(**given)
+    except RequestError as error:
+        raise UsageError(str(error)) from error
+    return given
+
+
 def _items(args: argparse.Namespace) -> list[Item]:
     if args.prompt is not None:
         return [Item("--prompt", text) for text in args.prompt]
     return read_lines_or_stdin(args.prompts_file, "prompt")
+
+
+def _generate(engine: Engine, items: Sequence[Item], options: dict[str, Any]) -> list[Completion]:
+    with progress.bar(what="completions", total=len(items), unit="prompt") as bar:
+        return engine.generate([item.text for item in items], progress=bar.update, **options)
 
 
 # ------------------------------------------------------------------------------------ output
@@ -170,22 +182,21 @@ def _record(c: Completion) -> dict[str, Any]:
 
 def _report(completions: Sequence[Completion]) -> None:
     tokens = sum(len(c.tokens) for c in completions)
-    accepted = sum(c.accepted for c in completions)
     denoise = sum(c.denoise_forwards for c in completions)
     commits = sum(c.commit_forwards for c in completions)
     seconds = sum(c.seconds for c in completions)
     building = sum(c.compile_seconds for c in completions)
     print(
         f"{tokens} tokens in {seconds:.2f} s: {tokens / max(seconds, 1e-9):.1f} tokens/s; "
-        f"{accepted / max(denoise, 1):.2f} tokens per forward, "
-        f"{accepted / max(denoise + commits, 1):.2f} with commits "
+        f"{tokens_per_forward(*completions):.2f} tokens per forward, "
+        f"{tokens_per_forward(*completions, commits=True):.2f} with commits "
         f"({denoise} denoising + {commits} commit forwards); compiled for {building:.1f} s",
         file=sys.stderr,
     )
 
 
 def _compare(engine: Engine, items, completions, options: dict[str, Any]) -> None:
-    uncached = engine.generate([item.text for item in items], **options, cache=False)
+    uncached = _generate(engine, items, options | {"cache": False})
     cached_s, uncached_s = (sum(c.seconds for c in cs) for cs in (completions, uncached))
     equal = all(a.tokens == b.tokens for a, b in zip(completions, uncached, strict=True))
     print(

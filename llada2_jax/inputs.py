@@ -10,9 +10,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llada2_jax.errors import UserError
+from llada2_jax.types import DTYPES
 
-class InputError(ValueError):
+
+class InputError(UserError, ValueError):
     """An input that cannot be used; the message names the place and says what to change."""
+
+
+def positive(text: str) -> int:
+    """A number of at least 1, as an argparse type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a checkpoint or Hugging Face folder"
     )
-    group.add_argument(
-        "--dtype", metavar="TYPE", help="of activations, e.g. float32 (the checkpoint's)"
-    )
+    group.add_argument("--dtype", choices=DTYPES, help="of activations (the checkpoint's)")
     for name in ("mask", "eos"):
         about = f"the {name} token's id, for Hugging Face folders whose files do not say"
         group.add_argument(f"--{name}-id", type=int, metavar="ID", help=about)

@@ -10,23 +10,24 @@ import argparse
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from llada2_jax import checkpoint
+from llada2_jax import checkpoint, progress
 from llada2_jax.checkpoint import CheckpointError, ModelBundle, ParamReader, ParamWriter
 from llada2_jax.checksums import box_checksum
+from llada2_jax.errors import EXIT_STATUS, UsageError
 from llada2_jax.hub.config import same_architecture
+from llada2_jax.inputs import positive
 
 METRIC = "validation.bits_per_byte"
+MODES = ("min", "max")
 TOP_K = 4
 
-EXAMPLES = """
+EXAMPLES = f"""
 examples:
   # The four best checkpoints of a run, by validation loss:
   llada2 merge runs/mini --out runs/mini/merged
@@ -39,8 +40,9 @@ examples:
 
 Losses compare only among checkpoints of one kind (phase, objective and block size): by default
 the newest checkpoint's; what was left out is printed. Memory holds a few chunks of 64 MB,
-whatever the size of the model and the number of checkpoints. Exit status: 0, or 1 with the reason.
-"""
+whatever the size of the model and the number of checkpoints.
+
+{EXIT_STATUS}"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,8 @@ def select_best(
     checkpoint. mode: "min" or "max".
     Raises: CheckpointError where fewer than k checkpoints compare.
     """
-    if mode not in ("min", "max") or k < 1:
-        raise CheckpointError(f"mode={mode!r}, k={k}: mode is 'min' or 'max', k at least 1")
+    if mode not in MODES or k < 1:
+        raise CheckpointError(f"mode={mode!r}, k={k}: mode is one of {MODES}, k at least 1")
     paths = [run_dir] if isinstance(run_dir, str | Path) else list(run_dir)
     found = [_candidate(path, metric) for path in expand(paths)]
     found.sort(key=lambda c: c.step)
@@ -252,7 +254,7 @@ def _write_average(readers: Sequence[ParamReader], weights: Sequence[float], fol
     specs = readers[0].specs
     writer = ParamWriter(folder, specs)
     total = sum(spec.nbytes for spec in specs.values())
-    with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as bar:
+    with progress.bar(what="merging", total=total, unit="B") as bar:
         for name, spec in specs.items():
             sums = [0] * len(readers)
             for box in checkpoint.boxes(spec.shape, checkpoint.chunk_shape(spec)):
@@ -301,14 +303,17 @@ def parser() -> argparse.ArgumentParser:
         help="a run's workdir, of which the best are chosen, or checkpoints",
     )
     p.add_argument("--out", type=Path, required=True, help="the checkpoint to write")
-    p.add_argument(
+    count = p.add_mutually_exclusive_group()
+    count.add_argument(
         "--top-k",
-        type=int,
+        type=positive,
         metavar="K",
         help=f"average the best so many (default: {TOP_K} where a run is named; all of the "
         "checkpoints where only checkpoints are)",
     )
-    p.add_argument("--last", type=int, metavar="N", help="average the newest so many instead")
+    count.add_argument(
+        "--last", type=positive, metavar="N", help="average the newest so many instead"
+    )
     p.add_argument(
         "--average",
         choices=AVERAGES,
@@ -319,7 +324,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--ema-decay",
         type=float,
-        default=EMA_DECAY,
         metavar="D",
         help=f"weight of the average so far, for --average=ema (default: {EMA_DECAY})",
     )
@@ -329,11 +333,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="A,B,...",
         help="relative weights of the checkpoints named, in their order",
     )
-    p.add_argument("--metric", default=METRIC, help=f"what to compare (default: {METRIC})")
+    p.add_argument("--metric", metavar="NAME", help=f"what to compare (default: {METRIC})")
+    p.add_argument("--mode", choices=MODES, help=f"what is best (default: {MODES[0]})")
     p.add_argument(
-        "--mode", choices=("min", "max"), default="min", help="what is best (default: min)"
+        "--kind",
+        help="compare this kind of loss, e.g. decay-32:bdlm-32 (default: the newest checkpoint's)",
     )
-    p.add_argument("--kind", help="compare this kind of loss (default: the newest checkpoint's)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return p
 
@@ -341,11 +346,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     args = parser().parse_args(argv)
-    try:
-        _run(args)
-    except (CheckpointError, OSError) as error:
-        print(f"llada2 merge: {error}", file=sys.stderr)
-        return 1
+    chooses = args.top_k is not None or args.last is not None
+    named = not chooses and all(map(checkpoint.is_checkpoint, args.paths))
+    _check(args, named=named)
+    _run(args, named=named)
     return 0
 
 
@@ -353,34 +357,46 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def _run(args: argparse.Namespace) -> None:
-    if not 0 < args.ema_decay < 1:
-        raise CheckpointError(f"--ema-decay={args.ema_decay} must lie between 0 and 1")
-    only_checkpoints = all(map(checkpoint.is_checkpoint, args.paths))
-    if args.weights is not None and not (only_checkpoints and args.average == "mean"):
-        raise CheckpointError(
-            "--weights belong to checkpoints that are named one by one, and exclude --average"
+def _check(args: argparse.Namespace, *, named: bool) -> None:
+    """What would not be read is an error. named: the checkpoints are, and nothing is chosen."""
+    for option in ("metric", "mode", "kind"):
+        if named and getattr(args, option) is not None:
+            raise UsageError(
+                f"--{option} chooses among checkpoints, and these are named one by one: add "
+                "--top-k or --last, or leave it out"
+            )
+    if args.mode is not None and args.last is not None:
+        raise UsageError("--mode says what is best, and --last takes the newest: leave one out")
+    if args.weights is not None and not (named and args.average == "mean"):
+        raise UsageError(
+            "--weights belong to checkpoints that are named one by one, and exclude --top-k, "
+            "--last and --average"
         )
-    if args.top_k is not None and args.last is not None:
-        raise CheckpointError("--top-k and --last exclude each other")
-    if args.top_k is None and args.last is None and only_checkpoints:
+    if args.ema_decay is not None and args.average != "ema":
+        raise UsageError("--ema-decay belongs to --average=ema: add it, or leave both out")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise UsageError(f"--ema-decay={args.ema_decay} must lie between 0 and 1")
+
+
+def _run(args: argparse.Namespace, *, named: bool) -> None:
+    if named:
         chosen, provenance = expand(args.paths), {}
     else:
-        k = next((n for n in (args.last, args.top_k) if n is not None), TOP_K)
-        selection = select_best(
-            args.paths, k, args.metric, mode=args.mode, kind=args.kind, newest=args.last is not None
-        )
+        newest = args.last is not None
+        k = args.last if newest else args.top_k or TOP_K
+        metric, mode = args.metric or METRIC, args.mode or MODES[0]
+        selection = select_best(args.paths, k, metric, mode=mode, kind=args.kind, newest=newest)
         chosen, provenance = _report(selection)
     weights = args.weights
     if args.average != "mean":
         chosen = sorted(chosen, key=lambda path: _step(path, checkpoint.read_train_item(path)))
-        weights = average_weights(args.average, len(chosen), args.ema_decay)
+        weights = average_weights(args.average, len(chosen), args.ema_decay or EMA_DECAY)
         provenance["average"] = args.average
     merge_checkpoints(
         chosen, args.out, weights=weights, provenance=provenance, overwrite=args.overwrite
     )
-    named = "weighted mean" if weights else "mean"
-    print(f"wrote the {named} of {len(chosen)} checkpoints to {args.out}")
+    what = "weighted mean" if weights else "mean"
+    print(f"wrote the {what} of {len(chosen)} checkpoints to {args.out}")
 
 
 def _report(selection: Selection) -> tuple[list[Path], dict[str, Any]]:

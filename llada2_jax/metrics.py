@@ -17,8 +17,8 @@ from typing import Any
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
-from tqdm import tqdm
 
+from llada2_jax import progress
 from llada2_jax.config import ConfigError
 from llada2_jax.retry import describe, with_retries
 
@@ -33,10 +33,10 @@ class MetricLogger:
     """Writes `<workdir>/metrics.jsonl`, `<workdir>/tensorboard/` and, on request, to Weights &
     Biases, and owns the progress bar.
 
-    JSONL has one object a line: step, tokens, phase, seconds since the start of this process, and
-    the metrics by name. It is the record: on resuming, lines past the restored step are cut off,
-    so that it tells of the surviving steps only, and a line that cannot be written stops the run.
-    The others are views of it, and may miss points while storage fails.
+    JSONL has one object a line: step, tokens, kind (what the line is), phase, seconds since the
+    start of this process, and the metrics by name. It is the record: on resuming, lines past the
+    restored step are cut off, so that it tells of the surviving steps only, and a line that cannot
+    be written stops the run. The others are views of it, and may miss points while storage fails.
 
     retry_seconds: how long writing is tried again. write: False on all processes but one.
     """
@@ -62,21 +62,20 @@ class MetricLogger:
         self._tokens_per_step = tokens_per_step
         self._start = time.perf_counter()
         self.cut_back(first_step)
-        self._bar = tqdm(
+        self._bar = progress.bar(
+            what=label,
             total=total_steps * tokens_per_step,
             initial=first_step * tokens_per_step,
-            desc=label,
             unit="tok",
-            unit_scale=True,
             mininterval=1.0,
-            dynamic_ncols=True,
-            disable=not write,
+            disable=not write,  # a log file has it too: training is what one looks for there
         )
 
     def write(self, step: int, kind: str, phase: str, values: dict[str, Any]) -> None:
         """Records scalars (or short lists) under `kind`, e.g. "train" or "validation".
 
-        Raises: StorageError if metrics.jsonl cannot be written.
+        Raises: StorageError if metrics.jsonl cannot be written; ValueError for a metric that has
+          the name of one of the line's own fields.
         """
         line = {
             "step": step,
@@ -84,8 +83,11 @@ class MetricLogger:
             "kind": kind,
             "phase": phase,
             "seconds": round(time.perf_counter() - self._start, 3),
-            **values,
         }
+        taken = sorted(line.keys() & values.keys())
+        if taken:
+            raise ValueError(f"metrics {taken} would hide the line's own fields of that name")
+        line |= values
         if self._lines is not None:
             self._lines.append(json.dumps(line) + "\n")
         scalars = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}

@@ -6,7 +6,6 @@ It is the template of every larger run: each stage is one call that any user can
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,23 +15,23 @@ import jax
 import ml_collections
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from llada2_jax import quickstart_report
+from llada2_jax import progress, quickstart_report
 from llada2_jax.assets import TINY_AR
 from llada2_jax.checkpoint import ModelBundle, is_checkpoint
-from llada2_jax.config import ConfigError, TrainConfig, validate
+from llada2_jax.config import TrainConfig, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.documents import Document, documents
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.engine import Completion, Engine
+from llada2_jax.errors import EXIT_STATUS, UsageError
 from llada2_jax.evals.likelihood import left_to_right_nll, tokenizer_of, validation_contexts
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.streaming import Options, convert
 from llada2_jax.merge import merge_checkpoints, select_best
 from llada2_jax.metrics import read_metrics
-from llada2_jax.sampler import compile_count
-from llada2_jax.train import MISTAKES, parse_flags, train
+from llada2_jax.sampler import compile_count, tokens_per_forward
+from llada2_jax.train import parse_flags, train
 from llada2_jax.train_step import RowScores, make_eval_step, score_rows
 from llada2_jax.types import Batch
 
@@ -194,7 +193,7 @@ def _measure_likelihood(
         ("parent before conversion", parent, "bdlm", TARGET_BLOCK_SIZE),
     ]
     scores: dict[str, dict[str, RowScores]] = {}
-    for name, bundle, objective, size in tqdm(jobs, desc="bits per byte", disable=None):
+    for name, bundle, objective, size in progress.bar(jobs, "bits per byte"):
         column = "ar" if objective == "ar" else str(size)
         scores.setdefault(name, {})[column] = score(bundle, objective, size)
     results["bits_per_byte"] = {
@@ -283,7 +282,7 @@ def _measure_generation(results, report: ReportConfig, cfg: TrainConfig, merged)
     turns = [t for _ in range(report.rounds) for t in report.thresholds]
     done: dict[float, list[Completion]] = {}
     speeds: dict[float, list[float]] = {t: [] for t in report.thresholds}
-    for threshold in tqdm(turns, desc="completions", disable=None):
+    for threshold in progress.bar(turns, "completions"):
         done[threshold] = complete(threshold)
         speeds[threshold].append(_tokens_per_second(done[threshold]))
     rows = [
@@ -306,12 +305,9 @@ def _measure_generation(results, report: ReportConfig, cfg: TrainConfig, merged)
 
 
 def _tokens_per_forward(done: Sequence[Completion]) -> dict[str, float]:
-    accepted = sum(c.accepted for c in done)
-    denoise = sum(c.denoise_forwards for c in done)
-    commits = sum(c.commit_forwards for c in done)
     return {
-        "tokens_per_forward": accepted / denoise,
-        "tokens_per_forward_with_commits": accepted / (denoise + commits),
+        "tokens_per_forward": tokens_per_forward(*done),
+        "tokens_per_forward_with_commits": tokens_per_forward(*done, commits=True),
     }
 
 
@@ -361,7 +357,7 @@ def _measure_speed(results, report: ReportConfig, cfg: TrainConfig, merged) -> N
     print(results["speed"])
 
 
-_HELP = """\
+_HELP = f"""\
 usage: llada2 quickstart [--config=FILE] [--config.FIELD=VALUE ...] [--workdir DIR]
                          [--print_config]
 
@@ -381,14 +377,15 @@ examples:
   llada2 quickstart --workdir=runs/more --config.conversion.schedule.stable_tokens=1000000
   llada2 quickstart --config=configs/quickstart_long.py
 
-Writes report.md, report.json and plots into the workdir. Exit status: 0, or 1 with the reason.
-"""
+Writes report.md, report.json and plots into the workdir.
+
+{EXIT_STATUS}"""
 
 
 def _check_overrides(config: Any, argv: list[str]) -> None:
     """A parent that ships is not trained: nothing may pretend to change how."""
     if not config.train_parent and any(a.lstrip("-").startswith("config.parent.") for a in argv):
-        raise ConfigError(
+        raise UsageError(
             "config.parent is not read where config.train_parent=False: the parent that ships is "
             "used; add --config.train_parent to train another"
         )
@@ -399,14 +396,10 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(_HELP)
         return 0
-    try:
-        values = parse_flags("llada2 quickstart", argv, config="configs/quickstart.py")
-        if values.print_config:
-            print(values.config)
-            return 0
-        _check_overrides(values.config, argv)
-        run(values.config)
-    except MISTAKES as error:
-        print(f"llada2 quickstart: {error}", file=sys.stderr)
-        return 1
+    values = parse_flags("llada2 quickstart", argv, config="configs/quickstart.py")
+    if values.print_config:
+        print(values.config)
+        return 0
+    _check_overrides(values.config, argv)
+    run(values.config)
     return 0

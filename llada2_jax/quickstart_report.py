@@ -51,17 +51,17 @@ def write(work: Path, results: dict[str, Any]) -> Path:
 
 
 def _lines(results, run: str, kind: str) -> list[dict]:
-    return [m for m in results["runs"].get(run, []) if m["kind"].split(":")[0] == kind]
+    return [m for m in results["runs"].get(run, []) if m["kind"] == kind]
 
 
 def _validation(results) -> dict[str, list[dict]]:
-    """Every validation of every run. Their `kind` says what compares with what."""
-    keep = ("step", "tokens", "phase", "block_size", "bits_per_byte", "bits_per_byte_stderr")
-    found = {}
-    for run in results["runs"]:
-        scored = [m for m in results["runs"][run] if "bits_per_byte" in m]
-        found[run] = [{k: m[k] for k in keep if k in m} | {"kind": m["kind"]} for m in scored]
-    return found
+    """Every validation of every run. What they `measured` says which compare."""
+    keep = ("step", "tokens", "phase", "measured", "block_size", "bits_per_byte")
+    keep += ("bits_per_byte_stderr",)
+    return {
+        run: [{k: m[k] for k in keep if k in m} for m in _lines(results, run, "validation")]
+        for run in results["runs"]
+    }
 
 
 def _plot_loss(results):

@@ -5,24 +5,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llada2_jax.config import ConfigError
+from llada2_jax.errors import EXIT_STATUS
 from llada2_jax.metrics import read_metrics
 from llada2_jax.run_folder import read_config, read_starts
 
-EXAMPLES = """
+EXAMPLES = f"""
 examples:
   llada2 runs compare runs/abrupt runs/stepwise
   llada2 runs compare runs/a runs/b runs/c --plot comparison.png
 
 Rows that are the same in all runs are left out of the config and the environment. "Same data up to
-step" and "same losses up to step" compare each run with the first one, bit by bit. Exit status: 0,
-or 1 with the reason.
-"""
+step" and "same losses up to step" compare each run with the first one, bit by bit.
+
+{EXIT_STATUS}"""
 
 Table = dict[str, list[Any]]  # row -> a cell a run; None: it has none
 
@@ -91,7 +90,8 @@ def _validation(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int,
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         if "bits_per_byte" in line:
-            found.setdefault(str(line["kind"]), []).append((line["tokens"], line["bits_per_byte"]))
+            what = str(line.get("measured", line["kind"]))  # older runs wrote it as the kind
+            found.setdefault(what, []).append((line["tokens"], line["bits_per_byte"]))
     return found
 
 
@@ -186,7 +186,12 @@ def plot(workdirs: Sequence[Path], names: Sequence[str], path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="llada2 runs", description="Look at what runs left behind.")
+    p = argparse.ArgumentParser(
+        prog="llada2 runs",
+        description="Look at what runs left behind.",
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser(
         "compare",
@@ -206,12 +211,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     names = _names(args.runs)
     path = args.plot or args.runs[0] / "comparison.png"
-    try:
-        print(as_text(compare(args.runs), names))
-        plot(args.runs, names, path)
-    except (ConfigError, OSError) as error:
-        print(f"llada2 runs: {error}", file=sys.stderr)
-        return 1
+    print(as_text(compare(args.runs), names))
+    plot(args.runs, names, path)
     print(f"plot: {path}")
     return 0
 

@@ -19,12 +19,14 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from llada2_jax.errors import UserError
 from llada2_jax.model import Transformer, merge_params
 from llada2_jax.model.attention import KVCache
 from llada2_jax.types import ModelConfig, Params, SpecialTokens
@@ -32,7 +34,7 @@ from pallas_kernels.block_attention.decode import ContiguousCache
 from pallas_kernels.block_layout import CLEAN, NOISY, BlockLayout, concatenate, half_layout
 
 
-class RequestError(ValueError):
+class RequestError(UserError, ValueError):
     """A request that cannot be served as it is; the message names the value and the way out."""
 
 
@@ -177,6 +179,28 @@ def _f32(value: float) -> Array:
     return jnp.asarray(np.float32(value))
 
 
+class Counted(Protocol):
+    """What counts accepted tokens and forwards: of one row, or an array with one entry a row."""
+
+    @property
+    def accepted(self) -> Any: ...
+    @property
+    def denoise_forwards(self) -> Any: ...
+    @property
+    def commit_forwards(self) -> Any: ...
+
+
+def tokens_per_forward(*parts: Counted, commits: bool = False) -> float:
+    """Accepted tokens per denoising forward, over all rows of all parts; 0 without a forward.
+
+    commits: whether forwards that did nothing but commit a block count too.
+    """
+    accepted = sum(np.sum(part.accepted) for part in parts)
+    forwards = sum(np.sum(part.denoise_forwards) for part in parts)
+    forwards += commits * sum(np.sum(part.commit_forwards) for part in parts)
+    return float(accepted / max(forwards, 1))
+
+
 @dataclasses.dataclass
 class Generation:
     """What came out, on the host. Lists and arrays have one entry a row.
@@ -207,13 +231,12 @@ class Generation:
     @property
     def tokens_per_forward(self) -> float:
         """Accepted tokens per denoising forward."""
-        return float(self.accepted.sum() / max(self.denoise_forwards.sum(), 1))
+        return tokens_per_forward(self)
 
     @property
     def tokens_per_forward_with_commits(self) -> float:
         """Accepted tokens per forward of either kind."""
-        forwards = self.denoise_forwards.sum() + self.commit_forwards.sum()
-        return float(self.accepted.sum() / max(forwards, 1))
+        return tokens_per_forward(self, commits=True)
 
 
 # --------------------------------------------------------------------- state of a generation

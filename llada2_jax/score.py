@@ -10,42 +10,39 @@ from typing import Any
 
 import numpy as np
 
-from llada2_jax.checkpoint import CheckpointError
-from llada2_jax.evals.likelihood import Likelihood, score_texts
+from llada2_jax.engine import default_options
+from llada2_jax.errors import EXIT_STATUS, UsageError
+from llada2_jax.evals.likelihood import ROW_LENGTH, Likelihood, score_texts
 from llada2_jax.hub import load_model
 from llada2_jax.inputs import (
     InputError,
     Item,
     add_model_options,
     model_arguments,
+    positive,
     read_file,
     read_lines_or_stdin,
 )
 
-_EXAMPLES = """\
+_EXAMPLES = f"""\
 examples:
   llada2 score --checkpoint runs/quickstart/merged --file setup.py --file README.md
   llada2 score --checkpoint DIR --text 'import os' --block-size 1     (exact: no sampling)
-  llada2 score --checkpoint DIR --prompts-file texts.jsonl --samples 32 --json
+  llada2 score --checkpoint DIR --texts-file texts.jsonl --samples 32 --json
   cat module.py | llada2 score --checkpoint DIR
   llada2 score --checkpoint AR_DIR --objective ar --file setup.py
 
 For --objective bdlm the figure is an upper bound on -log p, estimated from --samples random masks a
 row; ± is the standard error of that estimate. It is exact at block size 1, and for --objective ar.
 Bounds at different block sizes are different numbers: compare models at the same one. A text
-longer than a row is scored in rows that do not see each other. Exit status: 0, or 2 with the
-reason.
-"""
+longer than a row is scored in rows that do not see each other.
+
+{EXIT_STATUS}"""
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit status: 0, or 2 for what the user can put right."""
-    args = _parser().parse_args(argv)
-    try:
-        return _run(args)
-    except (InputError, CheckpointError, OSError) as error:
-        print(f"llada2 score: error: {error}", file=sys.stderr)
-        return 2
+    """Runs the command; returns the exit status."""
+    return _run(_parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--text", action="append", help="a text; repeat it for more")
     source.add_argument("--file", action="append", help="a UTF-8 file; repeat it for more")
     source.add_argument(
-        "--prompts-file",
+        "--texts-file",
         metavar="FILE",
         help='JSONL, one {"text": "..."} a line ("-": stdin); with --json the other fields of a '
         "line are passed on. Without a source, stdin is one text",
@@ -72,12 +69,16 @@ def _parser() -> argparse.ArgumentParser:
         default="bdlm",
         help="the block-diffusion bound (default), or left to right for an autoregressive model",
     )
-    for name, default, about in (
-        ("block-size", None, "tokens a block (the checkpoint's, else 32); not for ar"),
-        ("samples", None, "random masks a row (8; 1 where the result is exact)"),
-        ("row-length", 256, "tokens of the longest context (256)"),
+    for name, about in (
+        ("block-size", "tokens a block (the checkpoint's, else 32); not for ar"),
+        ("samples", "random masks a row (8; 1 where the result is exact)"),
+        (
+            "row-length",
+            "tokens of the longest context (that of the model's training; where the checkpoint "
+            f"does not tell, {ROW_LENGTH} or the longest that the model takes, if it is less)",
+        ),
     ):
-        scoring.add_argument(f"--{name}", type=int, default=default, metavar="N", help=about)
+        scoring.add_argument(f"--{name}", type=positive, metavar="N", help=about)
     scoring.add_argument("--json", action="store_true", help="JSONL, the last line the total")
     return parser
 
@@ -86,20 +87,17 @@ def _run(args: argparse.Namespace) -> int:
     _check(args)
     items = _items(args)
     bundle = load_model(args.checkpoint, **model_arguments(args))
-    block_size = args.block_size or int(bundle.generation.get("block_size", 32))
+    block_size = args.block_size or default_options(bundle.generation).block_size
     exact = args.objective == "ar" or block_size == 1
     samples = 1 if exact else args.samples or 8
-    try:
-        scores = score_texts(
-            bundle,
-            [item.text for item in items],
-            block_size=block_size,
-            samples=samples,
-            row_length=args.row_length,
-            objective=args.objective,
-        )
-    except ValueError as error:
-        raise InputError(error) from None
+    scores = score_texts(
+        bundle,
+        [item.text for item in items],
+        block_size=block_size,
+        samples=samples,
+        row_length=args.row_length,
+        objective=args.objective,
+    )
     how = {"objective": args.objective, "samples": samples}
     if args.objective == "bdlm":
         how["block_size"] = block_size
@@ -108,12 +106,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("block_size", 1), ("samples", 1), ("row_length", 2)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.objective == "ar" and args.block_size is not None:
-        raise InputError("--block-size has no meaning for --objective ar: leave it out")
+        raise UsageError("--block-size has no meaning for --objective ar: leave it out")
 
 
 def _items(args: argparse.Namespace) -> list[Item]:
@@ -122,7 +116,7 @@ def _items(args: argparse.Namespace) -> list[Item]:
     elif args.file is not None:
         items = [Item(name, read_file(name)) for name in args.file]
     else:
-        items = read_lines_or_stdin(args.prompts_file, "text")
+        items = read_lines_or_stdin(args.texts_file, "text")
     for item in items:
         if not item.text:
             raise InputError(f"{item.name} is empty: there is nothing to score")

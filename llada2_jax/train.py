@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,19 +24,20 @@ from ml_collections import config_flags
 from tokenizers import Tokenizer
 
 from llada2_jax import checkpoint
-from llada2_jax.checkpoint import CheckpointError, ModelBundle
+from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.checksums import json_checksum, tree_checksums
 from llada2_jax.config import ConfigError, Phase, TrainConfig, model_dict, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
-from llada2_jax.distributed import DistributedError, joined
+from llada2_jax.distributed import joined
+from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
 from llada2_jax.evals.likelihood import validation_contexts
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.config import config_to_hf, special_tokens
 from llada2_jax.hub.huggingface import read_tokenizer_files
+from llada2_jax.mask_embedding import mask_row
 from llada2_jax.metrics import MetricLogger
 from llada2_jax.model import init_params
-from llada2_jax.model.mask_embedding import mask_row
 from llada2_jax.objectives import OBJECTIVES, Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
 from llada2_jax.retry import with_retries
@@ -59,7 +59,7 @@ from llada2_jax.train_step import (
 from llada2_jax.types import Batch, ModelConfig
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(UserError, RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
@@ -447,7 +447,8 @@ def _validate(
         run.logger.write(
             step, "grad_norm_by_rate", phase.name, {"norms": [float(n) for n in norms]}
         )
-    run.logger.write(step, "validation", phase.name, scores | {"block_size": phase.block_size})
+    line = {("measured" if name == "kind" else name): value for name, value in scores.items()}
+    run.logger.write(step, "validation", phase.name, line | {"block_size": phase.block_size})
     run.logger.say(
         f"step {step:>6}  {phase.name:<12} validation {scores['bits_per_byte']:.4f} "
         f"± {scores['bits_per_byte_stderr']:.4f} bits/byte ({scores['kind']})"
@@ -467,7 +468,12 @@ def _save(run: Run, step: int, scores: dict[str, Any] | None = None, *, wait: bo
         "data": {"next_row": step * cfg.data.rows_per_step},
         "seed": cfg.seed,  # with the documents' ids and visits, all there is to randomness
     }
-    provenance = {"run": cfg.workdir, "step": step, "phase": phase.name}
+    provenance = {
+        "run": cfg.workdir,
+        "step": step,
+        "phase": phase.name,
+        "row_length": cfg.data.row_length,
+    }
     bundle = dataclasses.replace(run.bundle, provenance=provenance)
     run.logger.sync()
     state = run.state
@@ -524,24 +530,13 @@ class _Trace:
             )
 
 
-# What a user can put right; OSError is how ml_collections says that a config file does not exist.
-MISTAKES = (
-    ConfigError,
-    CheckpointError,
-    DistributedError,
-    TrainingStopped,
-    flags.Error,
-    OSError,
-)
-
-
 def parse_flags(
     command: str, argv: list[str], *, config: str | None = None, **texts: str
 ) -> flags.FlagValues:
     """The flags of a command that runs a config: --config (by default the file `config`) with its
     overrides, --workdir, which goes into the config, --print_config, and `texts`: {name: help}.
 
-    Raises: what MISTAKES lists.
+    Raises: UsageError; OSError if the config file does not exist.
     """
     values = flags.FlagValues()
     arguments = [command, *argv]  # not sys.argv, which is another caller's
@@ -550,12 +545,16 @@ def parse_flags(
         flags.DEFINE_string(name, "", about, flag_values=values)
     try:
         config_flags.DEFINE_config_file("config", config, flag_values=values, sys_argv=arguments)
-        values(arguments)
+        _, *rest = values(arguments)
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
     except AttributeError as error:  # how ml_collections says that a field does not exist
         reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error
-        raise ConfigError(f"the config has no field {reason}") from error
+        raise UsageError(f"the config has no field {reason}") from error
+    if rest:
+        raise UsageError(f"{rest[0]!r} is no option: write --config=FILE, --config.FIELD=VALUE")
     if values.config is None:
-        raise ConfigError("--config is missing: name a file of configs/")
+        raise UsageError("--config is missing: name a file of configs/")
     if values.workdir:
         values.config.workdir = values.workdir
     return values
@@ -566,21 +565,17 @@ def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(_HELP)
         return 0 if argv else 2
-    try:
-        values = parse_flags("llada2 train", argv, profile="folder for a trace of ten warm steps")
-        if values.print_config:
-            print(values.config)
-            return 0
-        cfg = validate(values.config)
-        with joined(cfg.distributed, MISTAKES):
-            train(cfg, profile=values.profile)
-    except MISTAKES as error:
-        print(f"llada2 train: {error}", file=sys.stderr)
-        return 1
+    values = parse_flags("llada2 train", argv, profile="folder for a trace of ten warm steps")
+    if values.print_config:
+        print(values.config)
+        return 0
+    cfg = validate(values.config)
+    with joined(cfg.distributed, (UserError, OSError)):
+        train(cfg, profile=values.profile)
     return 0
 
 
-_HELP = """\
+_HELP = f"""\
 usage: llada2 train --config=configs/NAME.py [--config.FIELD=VALUE ...] [--workdir DIR]
                     [--profile DIR] [--print_config]
 
@@ -597,6 +592,6 @@ examples:
   llada2 train --config=configs/tiny_wsd.py --config.schedule.stable_tokens=2000000
   llada2 train --config=configs/tiny_wsd.py --workdir=runs/seed1 --config.seed=1
 
-Exit status: 0; 75 after SIGTERM or a notice of preemption, when what was reached is saved and the
-same command goes on; or 1 with the reason.
+{EXIT_STATUS}75 after SIGTERM or a notice of preemption, when what was reached is saved and the
+same command goes on.
 """

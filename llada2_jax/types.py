@@ -135,5 +135,8 @@ class WeightedSum:
         return WeightedSum(self.total + other.total, self.weight + other.weight)
 
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""What weights and activations can be."""
+
 Params = Any
 """Pytree of parameter arrays, as `nnx.state` gives it for a Transformer."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from llada2_jax import progress
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
+from llada2_jax.errors import EXIT_STATUS, UserError
 from llada2_jax.hub import load_model
 from llada2_jax.model import merge_params
 from llada2_jax.sampler import SamplerOptions, generate_tokens
@@ -36,14 +37,18 @@ from pallas_kernels.block_layout import (
 
 TOLERANCE = 1e-4  # of a logit; their standard deviation is 4
 
-EXAMPLES = """
+EXAMPLES = f"""
 examples:
   llada2 verify tests/goldens/llada2_tiny
   llada2 verify checkpoints/mini --goldens mini-goldens.npz
 
-Exit status: 0 if every logit is within 1e-4 and every generated sequence and its count of
-denoising forwards are equal; 1 if not; 2 if the checkpoint or the goldens cannot be used.
-"""
+It passes if every logit is within {TOLERANCE:g} and every generated sequence and its count of
+denoising forwards are equal. Status 1 also says that it does not.
+
+{EXIT_STATUS}"""
+
+# What numpy and zipfile raise for a file that is none of theirs, or was damaged.
+DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError, MemoryError)
 
 Goldens = Mapping[str, np.ndarray]
 
@@ -64,6 +69,9 @@ class Result(NamedTuple):
         return close and self.tokens_equal is not False and self.forwards_equal is not False
 
 
+Runner = Callable[[ModelBundle, Goldens, str], Result]
+
+
 def verify(checkpoint: Path, goldens: Path | None = None) -> list[Result]:
     """Runs every case of the goldens on the checkpoint.
 
@@ -72,7 +80,7 @@ def verify(checkpoint: Path, goldens: Path | None = None) -> list[Result]:
     Raises: CheckpointError for a checkpoint or goldens that cannot be used.
     """
     numbers = read_goldens(goldens or Path(checkpoint) / "goldens.npz")
-    mask_id, eos_id = (int(_number(numbers, f"{name}_token_id")) for name in ("mask", "eos"))
+    mask_id, eos_id = (_id(numbers, f"{name}_token_id") for name in ("mask", "eos"))
     bundle = load_model(checkpoint, mask_id=mask_id, dtype="float32", param_dtype="float32")
     if bundle.special.eos != eos_id:
         raise CheckpointError(
@@ -81,21 +89,29 @@ def verify(checkpoint: Path, goldens: Path | None = None) -> list[Result]:
         )
     with jax.default_matmul_precision("highest"):
         cases = [(case, _runner(case)) for case in case_names(numbers)]
-        return [run(bundle, numbers, case) for case, run in tqdm(cases, "cases", disable=None)]
+        return [_run(run, bundle, numbers, case) for case, run in progress.bar(cases, "cases")]
 
 
 def read_goldens(path: Path) -> dict[str, np.ndarray]:
     """Raises: CheckpointError for a file that is absent, damaged, or has no case."""
     try:
-        with np.load(path) as file:
-            numbers = dict(file)
+        numbers = _read_npz(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; name the goldens by --goldens") from None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is no usable .npz file: {error}") from None
+    except DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{path} is no usable .npz file: {reason}") from None
     if not case_names(numbers):
         raise CheckpointError(f"{path} has no case: nothing would be verified")
     return numbers
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    file = np.load(path)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("it holds one array, as a .npy file does; save the goldens by numpy.savez")
+    with file:
+        return dict(file)
 
 
 def case_names(goldens: Goldens) -> list[str]:
@@ -103,7 +119,8 @@ def case_names(goldens: Goldens) -> list[str]:
     order = ("full", "causal", "bd", "gen", "eos")
 
     def key(case: str) -> tuple[int, int]:
-        kind, number = re.fullmatch(r"(\D+)(\d*)", case).groups()  # pyright: ignore
+        found = re.fullmatch(r"(\D+)(\d{0,9})", case)
+        kind, number = found.groups() if found else (case, "")
         return (order.index(kind) if kind in order else len(order), int(number or 0))
 
     return sorted({name.split("/")[0] for name in goldens if "/" in name}, key=key)
@@ -115,11 +132,30 @@ def _number(goldens: Goldens, name: str) -> np.ndarray:
     return goldens[name]
 
 
-def _runner(case: str) -> Callable[[ModelBundle, Goldens, str], Result]:
-    for pattern, run in (("full|causal|bd[1-9][0-9]*", _logits), ("(gen|eos)[0-9]+", _generation)):
+def _id(goldens: Goldens, name: str) -> int:
+    value = _number(goldens, name)
+    if value.size != 1 or not np.issubdtype(value.dtype, np.integer):
+        raise CheckpointError(f"the goldens' {name} is {value.dtype}{list(value.shape)}, not an id")
+    return int(value.item())
+
+
+def _runner(case: str) -> Runner:
+    for pattern, run in (
+        ("full|causal|bd[1-9][0-9]{0,8}", _logits),
+        ("(gen|eos)[0-9]{1,9}", _generation),
+    ):
         if re.fullmatch(pattern, case):
             return run
     raise CheckpointError(f"the goldens have a case {case!r}, which this program cannot run")
+
+
+def _run(run: Runner, bundle: ModelBundle, goldens: Goldens, case: str) -> Result:
+    try:
+        return run(bundle, goldens, case)
+    except UserError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:  # arrays of another shape or dtype
+        raise CheckpointError(f"the goldens' case {case} cannot be run: {error}") from error
 
 
 # ---- logits --------------------------------------------------------------------------------------
@@ -187,7 +223,7 @@ def _generation(bundle: ModelBundle, goldens: Goldens, case: str) -> Result:
         _number(goldens, f"{case if own else source}/{name}") for name in ("prompt_ids", "params")
     )
     eos_name = f"{case}/eos_token_id" if case.startswith("eos") else "eos_token_id"
-    special = dataclasses.replace(bundle.special, eos=int(_number(goldens, eos_name)))
+    special = dataclasses.replace(bundle.special, eos=_id(goldens, eos_name))
     tokens, forwards = _generate(bundle, prompt.tolist(), special, params)
     want = [int(token) for token in _number(goldens, f"{case}/output_ids")]
     want_forwards = int(_number(goldens, f"{case}/forward_calls"))
@@ -266,11 +302,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     args = parser().parse_args(argv)
-    try:
-        results = verify(args.checkpoint, args.goldens)
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"llada2 verify: {error}", file=sys.stderr)
-        return 2
+    results = verify(args.checkpoint, args.goldens)
     print(table(results))
     failed = [result.case for result in results if not result.passed]
     if failed:

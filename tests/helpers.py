@@ -1,12 +1,13 @@
 """Small models and rows that tests share."""
 
 import dataclasses
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada2_jax import checkpoint
+from llada2_jax import checkpoint, cli
 from llada2_jax.model import build
 from llada2_jax.types import Batch, ModelConfig
 
@@ -72,6 +73,22 @@ def make_pairs(pairs, row_length=None) -> Batch:
         preference=jnp.asarray(preference, jnp.int32),
         reference=jnp.zeros(tokens.shape, jnp.float32),
     )
+
+
+def exit_status(*argv) -> int:
+    """What `llada2 *argv` ends with, argparse's way to end included."""
+    try:
+        return cli.main([str(part) for part in argv])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+class Terminal(io.StringIO):
+    """A stand-in for sys.stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def config(**changes) -> ModelConfig:

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from llada2_jax.data.examples import BadRow, Example
 from llada2_jax.data.tokenizer import encode_text
+from llada2_jax.errors import UserError
 
 # LLaDA2's form (roles in tags, a turn ends with <|role_end|>, thinking off), written as a template
 # so that there is one way to render.
@@ -67,7 +68,7 @@ LLADA2_TEMPLATE = """\
 """
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError, ValueError):
     """A template that is no Jinja, or that a tokenizer's files do not hold."""
 
 

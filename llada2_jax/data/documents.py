@@ -8,6 +8,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from llada2_jax import progress
+
 VALIDATION_PERCENT = 2
 
 
@@ -36,18 +38,22 @@ def python_files(root: Path, split: str) -> Iterator[Document]:
     Installed packages are not the standard library and are left out; so are files that are not
     UTF-8 (a few of the interpreter's own tests are broken on purpose).
     """
-    skipped = {"site-packages", "dist-packages", "__pycache__"}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if skipped & set(relative.parts) or split_of(relative.as_posix()) != split:
-            continue
+    chosen = [
+        path for path in sorted(root.rglob("*.py")) if _belongs(path.relative_to(root), split)
+    ]
+    for path in progress.bar(chosen, f"reading ({split})", unit="file"):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
         if text.strip():
-            name = relative.as_posix()
+            name = path.relative_to(root).as_posix()
             yield Document(stable_hash(name), name, text)
+
+
+def _belongs(path: Path, split: str) -> bool:
+    skipped = {"site-packages", "dist-packages", "__pycache__"}
+    return not skipped & set(path.parts) and split_of(path.as_posix()) == split
 
 
 def standard_library(split: str) -> Iterator[Document]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from llada2_jax import progress
 from llada2_jax.data.documents import Document
 
 
@@ -82,9 +84,12 @@ def tokenize(
         raise ValueError("no documents to tokenize: the source is empty for this split")
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.encode_special_tokens = True
-    encodings = tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
-    start = [] if bos is None else [bos]
-    rows = [np.asarray(start + e.ids + [eos], np.int32) for e in encodings]
+    start, rows = [] if bos is None else [bos], []
+    with progress.bar(what="tokenizing", total=len(documents), unit="document") as bar:
+        for batch in itertools.batched(documents, 256):  # of texts that are encoded in parallel
+            encodings = tokenizer.encode_batch([d.text for d in batch], add_special_tokens=False)
+            rows += [np.asarray(start + e.ids + [eos], np.int32) for e in encodings]
+            bar.update(len(batch))
     offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
     ids = np.asarray([d.id for d in documents], np.int32)
     return TokenizedDocuments(np.concatenate(rows), ids, offsets)

@@ -29,6 +29,7 @@ from llada2_jax.data.documents import stable_hash
 from llada2_jax.data.encoders import EncodeOptions, make_encoder
 from llada2_jax.data.examples import BAD_ROW_KINDS, BadRow, Encoder, Example, encode_record
 from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve_format
+from llada2_jax.errors import UserError
 from llada2_jax.types import SpecialTokens
 
 FORMAT_VERSION = 1
@@ -52,7 +53,7 @@ INDEX = np.dtype(
 )
 
 
-class PrepareError(RuntimeError):
+class PrepareError(UserError, RuntimeError):
     """Preparation cannot go on; the message says why and what to do."""
 
 

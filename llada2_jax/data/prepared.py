@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from llada2_jax.data.examples import decode_record
 from llada2_jax.data.prepare import FORMAT_VERSION, INDEX, MANIFEST, PLAN, SPLITS, TOKENIZER
 from llada2_jax.data.sources import SourceSpec, Unit, place
+from llada2_jax.errors import UserError
 
 
-class PreparedError(ValueError):
+class PreparedError(UserError, ValueError):
     """A folder that is not prepared data, or that does not fit the run."""
 
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from llada2_jax.data.examples import BadRow
+from llada2_jax.errors import UserError
 
 UNIT_BYTES = 32 << 20
 UNIT_ROWS = 8192
@@ -28,7 +29,7 @@ UNIT_ROWS = 8192
 Row = dict[str, Any] | BadRow | None
 
 
-class SourceError(ValueError):
+class SourceError(UserError, ValueError):
     """A source that cannot be read; the message names the file and the way out."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llada2_jax import progress
 from llada2_jax.data.examples import BadRow
 
 MASK, EOS, BOS = "<|mask|>", "<|endoftext|>", "<|startoftext|>"
@@ -19,7 +20,10 @@ _WORDS = r"\n+[ \t]*| ?[A-Za-z_]+| ?[0-9]{1,3}| ?[^\sA-Za-z_0-9]+|[ \t]+(?=[ \t]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` ids, the reserved ones first."""
+    """A byte-level BPE of exactly `vocab_size` ids, the reserved ones first.
+
+    Merging takes minutes for large corpora; its progress is the library's own bars.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -32,7 +36,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=list(RESERVED),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=progress.shown(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,23 @@ import numpy as np
 from jaxtyping import Array, Float
 from tokenizers import Tokenizer
 
-from llada2_jax.checkpoint import ModelBundle
+from llada2_jax import progress
+from llada2_jax.checkpoint import CheckpointError, ModelBundle
 from llada2_jax.config import NoiseConfig, TrainConfig
 from llada2_jax.data.documents import Document, stable_hash
 from llada2_jax.data.packing import tokenize
 from llada2_jax.data.tokenizer import token_byte_lengths
+from llada2_jax.errors import UserError
 from llada2_jax.model import merge_params
-from llada2_jax.objectives.base import Context, cross_entropy
+from llada2_jax.objectives.base import Context
 from llada2_jax.train_step import make_context, make_eval_step
 from llada2_jax.types import Batch, ModelConfig, Params
 from pallas_kernels.block_layout import CLEAN, NOISY, half_layout
+from pallas_kernels.vocab_loss import token_losses
 
 EVAL_SEED = 20251215  # the same validation noise in every run and phase
+ROW_LENGTH = 2048  # of rows to score, where a model does not tell how long its own were
+_WIDTHS = 64  # rows are as wide as the longest needs, up to a multiple of this
 
 
 def validation_contexts(
@@ -31,6 +37,10 @@ def validation_contexts(
     """One context a Monte Carlo draw: the bound itself, blocks anchored at documents."""
     plain = TrainConfig(seed=EVAL_SEED, noise=noise or NoiseConfig())
     return [make_context(plain, block_size, mask_id, draw=draw) for draw in range(samples)]
+
+
+class ScoreError(UserError, ValueError):
+    """A text or a row length that cannot be scored; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +68,7 @@ def score_texts(
     *,
     block_size: int,
     samples: int = 8,
-    row_length: int = 256,
+    row_length: int | None = None,
     rows_per_step: int = 8,
     objective: str = "bdlm",
 ) -> list[Likelihood]:
@@ -70,11 +80,14 @@ def score_texts(
     Args:
       block_size: tokens a block; ignored by "ar".
       samples: Monte Carlo draws a row; the standard error comes from their spread.
+      row_length: tokens of the longest context; default: `default_row_length`.
       objective: "bdlm" or "ar".
 
-    Raises: ValueError for an empty text or a bundle without a tokenizer.
+    Raises: ScoreError for an empty text or a row_length that the model does not take;
+      CheckpointError for a bundle without a tokenizer.
     """
     tokenizer = tokenizer_of(bundle)
+    row_length = _checked_row_length(bundle, row_length)
     batch, owner = _rows(bundle, tokenizer, texts, row_length, objective)
     scored = np.asarray(batch.loss_mask)
     sizes = token_byte_lengths(tokenizer)[batch.tokens] * scored
@@ -82,11 +95,33 @@ def score_texts(
     contexts = validation_contexts(
         block_size, bundle.special.mask, 1 if objective == "ar" else samples
     )
-    draws = np.stack([_nats(step, bundle.params, batch, c, rows_per_step) for c in contexts])
+    with progress.bar(what="scoring", total=len(contexts) * len(scored), unit="row") as bar:
+        draws = np.stack(
+            [_nats(step, bundle.params, batch, c, rows_per_step, bar.update) for c in contexts]
+        )
     return [
         _likelihood(draws[:, owner == i], sizes[owner == i], scored[owner == i])
         for i in range(len(texts))
     ]
+
+
+def default_row_length(bundle: ModelBundle) -> int:
+    """Tokens a row that a run of ours trained the model at (of merged ones the longest); where
+    nothing tells, ROW_LENGTH; never more than the model takes."""
+    sources = [bundle.provenance, *bundle.provenance.get("merged", ())]
+    trained = max((source.get("row_length", 0) for source in sources), default=0)
+    return min(trained or ROW_LENGTH, bundle.config.max_position_embeddings)
+
+
+def _checked_row_length(bundle: ModelBundle, row_length: int | None) -> int:
+    longest = bundle.config.max_position_embeddings
+    row_length = default_row_length(bundle) if row_length is None else row_length
+    if not 2 <= row_length <= longest:
+        raise ScoreError(
+            f"row length {row_length}: must be at least 2, and at most the model's "
+            f"max_position_embeddings={longest}"
+        )
+    return row_length
 
 
 def _likelihood(draws: np.ndarray, sizes: np.ndarray, scored: np.ndarray) -> Likelihood:
@@ -96,9 +131,9 @@ def _likelihood(draws: np.ndarray, sizes: np.ndarray, scored: np.ndarray) -> Lik
 
 
 def tokenizer_of(bundle: ModelBundle) -> Tokenizer:
-    """The bundle's tokenizer. Raises: ValueError if it has none."""
+    """The bundle's tokenizer. Raises: CheckpointError if it has none."""
     if "tokenizer.json" not in bundle.tokenizer_files:
-        raise ValueError("the checkpoint has no tokenizer.json: put one beside its config")
+        raise CheckpointError("the checkpoint has no tokenizer.json: put one beside its config")
     return Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
 
 
@@ -112,7 +147,7 @@ def _rows(
     """One segment a row, padded at the end; and which text each row belongs to."""
     empty = [i for i, text in enumerate(texts) if not text]
     if empty:
-        raise ValueError(f"text {empty[0]} is empty: there is nothing to score")
+        raise ScoreError(f"text {empty[0]} is empty: there is nothing to score")
     documents = [Document(stable_hash(text), str(i), text) for i, text in enumerate(texts)]
     special = bundle.special
     tokenized = tokenize(documents, tokenizer, eos=special.eos, bos=None)
@@ -124,7 +159,8 @@ def _rows(
         for first in range(start, end - 1, row_length - head):  # the eos is not part of the text
             rows.append((tokenized.tokens[first : min(first + row_length - head, end - 1)], first))
             owner.append(i)
-    shape = (len(rows), row_length)
+    longest = head + max(len(tokens) for tokens, _ in rows)
+    shape = (len(rows), min(row_length, -(-longest // _WIDTHS) * _WIDTHS))
     fields = {f.name: np.zeros(shape, np.int32) for f in dataclasses.fields(Batch)}
     fields["tokens"][:] = special.pad
     fields["loss_mask"] = np.zeros(shape, bool)
@@ -140,8 +176,15 @@ def _rows(
     return Batch(**fields), np.asarray(owner)
 
 
-def _nats(step, params, batch: Batch, context: Context, rows_per_step: int) -> np.ndarray:
-    """fp64 [rows]: nats of each row, computed in batches of one shape."""
+def _nats(
+    step,
+    params,
+    batch: Batch,
+    context: Context,
+    rows_per_step: int,
+    update: Callable[[int], Any],
+) -> np.ndarray:
+    """fp64 [rows]: nats of each row, computed in batches of one shape; tells `update` how many."""
     count = len(batch.tokens)
     padded = -(-count // rows_per_step) * rows_per_step
     batch = jax.tree.map(
@@ -151,6 +194,7 @@ def _nats(step, params, batch: Batch, context: Context, rows_per_step: int) -> n
     for start in range(0, padded, rows_per_step):
         part = jax.tree.map(lambda x, s=start: x[s : s + rows_per_step], batch)
         rows.append(np.asarray(step(params, part, context).nll, np.float64).sum(1))
+        update(min(rows_per_step, count - start))
     return np.concatenate(rows)[:count]
 
 
@@ -170,6 +214,7 @@ def left_to_right_nll(
     clean = half_layout(positions, segments, CLEAN)
     kv = model(tokens, positions, clean, return_kv=True).kv
     assert kv is not None
+    head, axis = model.output_weights
 
     def step(carry, i):
         own = jax.lax.dynamic_slice_in_dim(positions, i, 1, axis=1)
@@ -178,7 +223,8 @@ def left_to_right_nll(
         cache = kv.until(jnp.full(rows, i, jnp.int32))
         hidden = model(masks, own, half_layout(own, segment, NOISY), cache=cache).hidden
         target = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
-        return carry, cross_entropy(model.logits(hidden), target)[:, 0]
+        stats = token_losses(hidden, head, target, jnp.ones_like(target, bool), vocab_axis=axis)
+        return carry, stats.nll[:, 0]
 
     nll = jax.lax.scan(step, None, jnp.arange(length))[1].T
     return jnp.where(jnp.asarray(batch.loss_mask), nll, 0.0)

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llada2_jax.checkpoint import CheckpointError
-from llada2_jax.types import ModelConfig, RopeScaling, SpecialTokens
+from llada2_jax.config import model_dict
+from llada2_jax.types import DTYPES, ModelConfig, RopeScaling, SpecialTokens
 
 MODEL_TYPES = ("llada2_moe", "bailing_moe_v2", "llada2_moe_veomni")
 AR_MODEL_TYPE = "bailing_moe_v2"
@@ -89,8 +90,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     values |= {name: hf.get(name, default) for name, default in _DEFAULTS.items()}
     head_dim = hf.get("head_dim") or _head_dim(hf)
     dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise _bad("torch_dtype", dtype, "use float32, bfloat16 or float16")
+    if dtype not in DTYPES:
+        raise _bad("torch_dtype", dtype, f"use one of {', '.join(DTYPES)}")
     cfg = ModelConfig(
         **values,
         head_dim=head_dim,
@@ -264,7 +265,8 @@ def config_to_hf(
     it is (ids and dtype aside); otherwise the fields of `cfg` replace its own and the others stay.
     """
     base = dict(base or {})
-    if base and base.get("model_type") == model_type and _same(config_from_hf(base), cfg):
+    ours = base.get("model_type") == model_type
+    if ours and same_architecture(config_from_hf(base), cfg):
         hf = base
     else:
         hf = _rebased(base, cfg, model_type)
@@ -277,16 +279,9 @@ def config_to_hf(
 
 
 def same_architecture(a: ModelConfig, b: ModelConfig) -> bool:
-    """Whether two configs describe one function: what computes it, and in which dtype, aside."""
-    return _same(a, b)
-
-
-_RUNTIME = ("dtype", "param_dtype", "attention_backend", "experts_backend", "remat")
-
-
-def _same(a: ModelConfig, b: ModelConfig) -> bool:
-    left, right = dataclasses.asdict(a), dataclasses.asdict(b)
-    return all(left[k] == right[k] for k in left if k not in (*_RUNTIME, "initializer_range"))
+    """Whether two configs describe one function: how it is computed and initialised aside."""
+    left, right = (model_dict(c) | {"initializer_range": None} for c in (a, b))
+    return left == right
 
 
 def _rebased(base: dict[str, Any], cfg: ModelConfig, model_type: str) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from llada2_jax import checkpoint
+from llada2_jax import checkpoint, progress
 from llada2_jax.checkpoint import ArraySpec, CheckpointError, ModelBundle, ParamReader, ParamWriter
 from llada2_jax.hub import config as hub_config
 from llada2_jax.hub import load_bundle, names, param_shapes
 from llada2_jax.hub.huggingface import Box, HFModel, is_hf_folder, read_tokenizer_files
 from llada2_jax.hub.safetensors_files import DTYPES, TensorFolderWriter
-from llada2_jax.model.mask_embedding import mask_row
+from llada2_jax.mask_embedding import mask_row
 
 SHARD_BYTES = 5_000_000_000
 _EMBEDDING = "embedding"
@@ -153,8 +153,8 @@ def _cast(value: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
     return cast
 
 
-def _progress(total: int, what: str) -> tqdm:
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None)
+def _bar(specs: Mapping[str, ArraySpec]) -> tqdm:
+    return progress.bar(what="writing", total=sum(s.nbytes for s in specs.values()), unit="B")
 
 
 def _write_orbax(
@@ -166,7 +166,7 @@ def _write_orbax(
 ) -> None:
     specs = {path: ArraySpec(spec.shape, dtypes[path]) for path, spec in params.specs.items()}
     writer = ParamWriter(folder / checkpoint.PARAMS, specs)
-    with _progress(sum(spec.nbytes for spec in specs.values()), "writing") as bar:
+    with _bar(specs) as bar:
         for path in specs:
             for box in params.boxes(path):
                 value = mask.apply(path, params.read(path, box), box)
@@ -192,7 +192,7 @@ def _write_hf(
     }
     writer = TensorFolderWriter(folder, specs, options.shard_bytes)
     try:
-        with _progress(sum(spec.nbytes for spec in specs.values()), "writing") as bar:
+        with _bar(specs) as bar:
             for name, value in _hf_tensors(order, params, mask):
                 value = _cast(value, specs[name].dtype, name)
                 writer.write(name, value)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from llada2_jax import remat
 from llada2_jax.model.attention import Attention, KVCache
 from llada2_jax.model.layers import FeedForward, RMSNorm, normal, parameter, rotary_tables
 from llada2_jax.model.moe import MoE
@@ -59,16 +60,6 @@ def _stack(cfg: ModelConfig, rngs: nnx.Rngs, count: int, *, moe: bool) -> Layer:
 def _layers_of(cache, first: int, count: int):
     """The cache of `count` layers from `first` on."""
     return jax.tree.map(lambda a: a[first : first + count], cache)
-
-
-_REMAT = {
-    "none": lambda body: body,
-    "full": lambda body: jax.checkpoint(body, prevent_cse=False),
-    "dots": lambda body: jax.checkpoint(
-        body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
-}
-REMAT_POLICIES = tuple(_REMAT)
 
 
 class Transformer(nnx.Module):
@@ -154,7 +145,7 @@ class Transformer(nnx.Module):
             x, kv, load = module(x, rotary, layout, cache)
             return x, (kv if return_kv else None, load)
 
-        x, (kv, load) = jax.lax.scan(_REMAT[self.cfg.remat](body), x, (params, cache))
+        x, (kv, load) = jax.lax.scan(remat.POLICIES[self.cfg.remat](body), x, (params, cache))
         return x, kv, load
 
 

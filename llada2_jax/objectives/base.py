@@ -68,15 +68,6 @@ def weighted_nll(
     return vocab_loss(hidden, head, jnp.asarray(targets), weights, vocab_axis=vocab_axis)
 
 
-def cross_entropy(
-    logits: Float[Array, "B L V"], targets: Int[HostOrDevice, "B L"]
-) -> Float[Array, "B L"]:
-    """−log p(target) in fp32."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-
 def weighted(values: HostOrDevice, weights: HostOrDevice) -> WeightedSum:
     """Σ values·weights over Σ weights, fp32."""
     values, weights = jnp.asarray(values, jnp.float32), jnp.asarray(weights, jnp.float32)

@@ -3,15 +3,16 @@
 import io
 import json
 import re
+import sys
 
 import pytest
 
-from llada2_jax import cli
+from llada2_jax import cli, progress
 from llada2_jax.checkpoint import ModelBundle, save_model
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.model import init_params
 from llada2_jax.types import SpecialTokens
-from tests.helpers import config
+from tests.helpers import Terminal, config, exit_status
 
 CFG = config(vocab_size=270, initializer_range=0.5, max_position_embeddings=64)
 
@@ -37,7 +38,7 @@ def llada2(checkpoint, capfd):
 
     def call(*argv, folder=checkpoint):
         capfd.readouterr()
-        status = cli.main(["generate", "--checkpoint", str(folder), *map(str, argv)])
+        status = exit_status("generate", "--checkpoint", folder, *argv)
         return status, *capfd.readouterr()
 
     return call
@@ -84,7 +85,7 @@ def test_bad_lines_are_named(llada2, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": \n[1]\n{"text": "b"}\n{"prompt": 3}\n')
     status, out, err = llada2("--prompts-file", file)
-    assert status == 2 and not out
+    assert status == 1 and not out
     for line, problem in (
         (2, "not JSON"),
         (3, "a list instead of an object"),
@@ -99,18 +100,29 @@ def test_bad_lines_are_named(llada2, tmp_path):
 
 
 def test_user_errors_are_one_line(llada2, tmp_path):
-    for arguments, message in (
-        (["--threshold", "2"], "threshold=2.0: must be in [0, 1]"),
-        (["--max-new-tokens", "80"], "exceed max_position_embeddings=64"),
-        (["--max-batch", "0"], "max_batch=0"),
+    for expected, arguments, message in (
+        (2, ["--threshold", "2"], "threshold=2.0: must be in [0, 1]"),
+        (1, ["--max-new-tokens", "80"], "exceed max_position_embeddings=64"),
+        (2, ["--max-batch", "0"], "--max-batch: 0: must be at least 1"),
     ):
         status, out, err = llada2("--prompt", "a", *arguments)
-        assert status == 2 and not out and "Traceback" not in err
-        assert err.startswith("llada2 generate: error: ") and message in err
+        assert status == expected and not out and "Traceback" not in err
+        assert "llada2 generate: error: " in err and message in err
     status, _, err = llada2("--prompt", "a", folder=tmp_path / "nowhere")
-    assert status == 2 and "nowhere" in err
+    assert status == 1 and "nowhere" in err
     status, _, err = llada2("--prompts-file", tmp_path / "absent.jsonl")
-    assert status == 2 and "absent.jsonl" in err
+    assert status == 1 and "absent.jsonl" in err
+
+
+def test_a_bar_on_a_terminal(llada2, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a text"}\n' * 5)
+    monkeypatch.setattr(progress, "DELAY", 0)
+    arguments = ["--prompts-file", file, "--max-batch", 2]
+    assert "completions" not in llada2(*arguments)[2]
+    monkeypatch.setattr("sys.stderr", Terminal())
+    llada2(*arguments)
+    assert re.search(r"completions: 100%.* 5/5 \[.*<.*prompt.*\]", sys.stderr.getvalue())
 
 
 def test_seeds(llada2):

@@ -170,7 +170,7 @@ def test_the_oracle_is_for_toys():
 
 
 def test_config_and_api_offer_the_same_backends():
-    from llada2_jax.config import _CHOICES, RuntimeConfig
+    from llada2_jax.config import CHOICES, RuntimeConfig
 
-    assert _CHOICES["runtime.attention_backend"] == BACKENDS
+    assert CHOICES["runtime.attention_backend"] == BACKENDS
     assert RuntimeConfig().attention_backend == "auto"

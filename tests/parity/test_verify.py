@@ -139,9 +139,9 @@ def test_another_mask(tmp_path, tiny):
 
 
 def unusable(checkpoint: Path, goldens: Path, capsys) -> str:
-    assert cli.main(["verify", str(checkpoint), "--goldens", str(goldens)]) == 2
+    assert cli.main(["verify", str(checkpoint), "--goldens", str(goldens)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("llada2 verify: ") and error.count("\n") == 1
+    assert error.startswith("llada2 verify: error: ") and error.count("\n") == 1
     return error
 
 
@@ -177,6 +177,52 @@ def test_files_that_are_none(tmp_path, tiny, capsys):
     assert "no usable .npz file" in unusable(tiny, tmp_path / "text.npz", capsys)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "model_type is 'llama'" in unusable(tmp_path, tiny / "goldens.npz", capsys)
+
+
+@pytest.mark.parametrize("case", ["bd4b", "4", "bd", "gen", "fullx", "bd0", "bd" + "9" * 30])
+def test_a_case_with_a_bad_name(tmp_path, tiny, capsys, case):
+    goldens = goldens_with(tmp_path, tiny, lambda g: g.update({f"{case}/logits": np.ones(1)}))
+    assert f"a case {case!r}, which this program cannot run" in unusable(tiny, goldens, capsys)
+
+
+def test_a_npy_file(tmp_path, tiny, capsys):
+    np.save(tmp_path / "goldens.npy", np.ones(3))
+    error = unusable(tiny, tmp_path / "goldens.npy", capsys)
+    assert "goldens.npy is no usable .npz file: it holds one array" in error
+
+
+def test_a_damaged_file(tmp_path):
+    """Cut anywhere, or with any byte changed, it is read or refused, and never a traceback."""
+    path = tmp_path / "goldens.npz"
+    np.savez_compressed(path, **{"full/logits": np.arange(64.0), "mask_token_id": np.int32(3)})
+    whole, refused = path.read_bytes(), 0
+    damaged = [whole[:n] for n in range(0, len(whole), 7)]
+    damaged += [whole[:i] + bytes([whole[i] ^ 0xFF]) + whole[i + 1 :] for i in range(len(whole))]
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            read_goldens(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > len(damaged) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("gen2/params", np.ones(2), "case gen2 cannot be run: not enough values"),
+        ("gen2/params", np.array(["a"] * 5), "case gen2 cannot be run"),
+        ("full/logits", np.ones((3, 7)), "case full cannot be run"),
+        ("eos_token_id", np.ones(2, np.int64), "eos_token_id is int64[2], not an id"),
+        ("mask_token_id", np.float32(383), "mask_token_id is float32[], not an id"),
+    ],
+)
+def test_an_array_of_another_shape_or_dtype(tmp_path, tiny, capsys, name, value, message):
+    goldens = goldens_with(
+        tmp_path, tiny, lambda g: g.update({name: value}), cases=("full", "gen2")
+    )
+    assert message in unusable(tiny, goldens, capsys)
 
 
 def test_nothing_passes_by_accident():

@@ -125,9 +125,38 @@ def test_a_block_must_divide_the_row(stage, block):
 
 def test_a_range_of_rates():
     fields = {"noise__draw": "bernoulli", "noise__t_min": 0.3, "noise__t_max": 0.8}
+    fields["schedule__stable_tokens"] = 1000
     assert validate(make(**fields)).noise.t_max == 0.8
     with pytest.raises(ConfigError, match="0 <= t_min < t_max <= 1, got 0.9, 0.8"):
         validate(make(**fields | {"noise__t_min": 0.9}))
+
+
+UNREAD = {
+    "noise__group": "sequence",
+    "noise__low_discrepancy": False,
+    "noise__complementary": True,
+    "data__block_anchor": "row",
+    "eval__samples": 2,
+    "eval__rate_buckets": 8,
+    "eval__target_block_size": 4,
+}
+
+
+@pytest.mark.parametrize("field", UNREAD)
+def test_what_an_autoregressive_run_does_not_read_is_an_error(field):
+    fields = {field: UNREAD[field]}
+    path = field.replace("__", ".")
+    with pytest.raises(ConfigError, match=rf"config\.{path}=.* is not read in an autoregressive"):
+        validate(make(**fields))
+    validate(make(**fields, schedule__stable_tokens=1000))
+
+
+def test_embedding_noise_is_for_masks():
+    fields = {"embedding_noise__sigma": 0.1, "embedding_noise__tokens": 8}
+    with pytest.raises(ConfigError, match=r"embedding_noise\.sigma=0\.1 is not read in an autore"):
+        validate(make(**fields))
+    validate(make(**fields, schedule__stable_tokens=1000))
+    validate(make(eval__rate_buckets=0))  # off, as it is anyway
 
 
 def test_exactly_one_of_checkpoint_and_model():
@@ -264,7 +293,7 @@ def test_the_command_names_a_wrong_override(argument, named, tmp_path, capsys):
     file = f"--config={ROOT / 'configs' / 'tiny_ar.py'}"
     assert cli.main(["train", file, f"--workdir={tmp_path / 'run'}", argument]) != 0
     error = capsys.readouterr().err
-    assert error.startswith("llada2 train: ") and named in error and "Traceback" not in error
+    assert error.startswith("llada2 train: error: ") and named in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
 
 
@@ -272,7 +301,7 @@ def test_the_command_names_a_wrong_override(argument, named, tmp_path, capsys):
 def test_the_parent_of_a_quickstart_that_trains_none_is_not_configured(tmp_path, capsys):
     file = f"--config={ROOT / 'configs' / 'quickstart.py'}"
     override = "--config.parent.optimizer.learning_rate=1.0"
-    assert cli.main(["quickstart", file, f"--workdir={tmp_path / 'run'}", override]) == 1
+    assert cli.main(["quickstart", file, f"--workdir={tmp_path / 'run'}", override]) == 2
     error = capsys.readouterr().err
     assert "config.parent is not read where config.train_parent=False" in error
     argv = ["quickstart", file, override, "--config.train_parent", "--print_config"]
@@ -285,9 +314,9 @@ def test_quickstart_names_a_wrong_override(tmp_path, capsys):
     file = f"--config={ROOT / 'configs' / 'quickstart.py'}"
     argv = ["quickstart", file, f"--workdir={tmp_path / 'run'}"]
     for group in ("", "report.", "conversion.optimizer."):
-        assert cli.main([*argv, f"--config.{group}surprise=1"]) == 1
+        assert cli.main([*argv, f"--config.{group}surprise=1"]) == 2
         error = capsys.readouterr().err
-        assert error == "llada2 quickstart: the config has no field 'surprise'\n"
+        assert error == "llada2 quickstart: error: the config has no field 'surprise'\n"
     assert not (tmp_path / "run").exists()
 
 

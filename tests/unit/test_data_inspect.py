@@ -11,6 +11,7 @@ from llada2_jax import cli
 from llada2_jax.data import inspect as packed
 from llada2_jax.data.prepare import prepare
 from tests.data_helpers import files, job, texts, write_jsonl
+from tests.helpers import exit_status
 
 TOKENIZER = Tokenizer.from_str(files()["tokenizer.json"])
 
@@ -103,15 +104,20 @@ def test_bench_prints_tokens_per_second_per_core(chats, capsys):
 
 
 def test_mistakes_are_told_without_a_traceback(tmp_path, chats, capsys):
-    for arguments, message in (
-        (["inspect", str(tmp_path)], "has no manifest.json"),
-        (["inspect", str(chats), "--row-length", "100"], "data.row_length=100 is not a multiple"),
+    for status, arguments, message in (
+        (1, ["inspect", str(tmp_path)], "has no manifest.json"),
         (
+            1,
+            ["inspect", str(chats), "--row-length", "100"],
+            "data.row_length=100 is not a multiple",
+        ),
+        (
+            1,
             ["prepare", "nowhere.jsonl", str(tmp_path / "o"), "--tokenizer", str(tmp_path)],
             "it holds no",
         ),
-        (["bench", str(chats), "--weights", "x"], "could not convert"),
-        (["bench", str(chats), "--weights", "1,2"], "--weights 1,2: one positive number for each"),
+        (2, ["bench", str(chats), "--weights", "x"], "--weights: invalid"),
+        (2, ["bench", str(chats), "--weights", "1,2"], "one positive number for each"),
     ):
-        assert cli.main(["data", *arguments]) == 1
+        assert exit_status("data", *arguments) == status
         assert message in capsys.readouterr().err

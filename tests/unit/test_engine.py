@@ -8,9 +8,9 @@ import pytest
 import llada2_jax.engine
 from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
-from llada2_jax.engine import Completion, Engine, complete_characters, load
+from llada2_jax.engine import Completion, Engine, complete_characters, default_options, load
 from llada2_jax.model import init_params
-from llada2_jax.sampler import Generation, RequestError
+from llada2_jax.sampler import Generation, RequestError, SamplerOptions
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config
 
@@ -54,7 +54,9 @@ def test_text_in_text_out(engine):
 def test_batches_keep_the_order_and_change_nothing(bundle, engine, sampling):
     prompts = ["a short text to learn from", "", [5, 6, 7], "and", "a text"]
     together = Engine(bundle, max_batch=5).generate(prompts, **sampling)
-    in_twos = engine.generate(prompts, **sampling)
+    counts = []
+    in_twos = engine.generate(prompts, progress=counts.append, **sampling)
+    assert counts == [2, 2, 1]
     assert [c.tokens for c in in_twos] == [c.tokens for c in together]
     assert [c.prompt_tokens for c in in_twos] == [engine.encode(p) for p in prompts]
     if not sampling:
@@ -102,6 +104,26 @@ def test_characters_wait_for_their_last_byte(engine, monkeypatch):
     assert complete_characters(last.text) == "é"
 
 
+@pytest.mark.parametrize(
+    ("texts", "pieces", "warned"),
+    [
+        (["do", "don", "don't"], ["do", "n", "'t"], False),
+        (["do n", "don", "do not"], ["do n", "ot"], False),  # back again: it goes on from there
+        (["do n", "don't", "don't!"], ["do n", "n't!"], True),  # what was sent is not in the text
+        (["do not", "do"], ["do not", ""], True),
+        (["a\ufffd", "ab", "abc\ufffd"], ["a", "b", "c\ufffd"], False),
+    ],
+)
+def test_a_decoder_that_rewrites_loses_nothing(engine, monkeypatch, caplog, texts, pieces, warned):
+    steps = [generation([5] * n, n == len(texts)) for n in range(1, len(texts) + 1)]
+    monkeypatch.setattr(llada2_jax.engine, "stream_tokens", lambda *_: iter(steps))
+    monkeypatch.setattr(engine, "decode", lambda tokens: texts[len(tokens) - 1])
+    *sent, last = engine.stream("x")
+    assert sent == pieces and last.text == texts[-1]
+    assert ("rewrote text that had been sent" in caplog.text) == warned
+    assert warned or "".join(sent) == last.text
+
+
 def test_a_mask_spelled_in_a_prompt_is_a_token(engine):
     ids = engine.encode("<|mask|>a<|mask|>")
     assert ids[0] == ids[-1] == SPECIAL.mask
@@ -130,6 +152,42 @@ def test_defaults_come_from_the_model(engine):
     assert engine.options().block_size == BLOCK
     assert engine.options(threshold=0.7, top_k=None).threshold == 0.7
     assert engine.options(threshold=None).threshold == 0.2
+
+
+@pytest.mark.parametrize(
+    ("generation", "options"),
+    [
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0, "top_p": 0.9}),
+        ({"do_sample": True, "temperature": 0.7}, {"temperature": 0.7}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": None, "temperature": 1}, {"temperature": 1.0}),
+        ({"block_length": 8}, {"block_size": 8}),
+        ({"block_size": 4, "block_length": 8}, {"block_size": 4}),
+        ({"steps": 3, "num_beams": 1, "max_length": "any"}, {"steps": 3}),
+    ],
+)
+def test_generation_defaults(generation, options):
+    assert default_options(generation) == SamplerOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"temperature": "hot"}, "temperature is 'hot'; it must be of type float"),
+        ({"max_new_tokens": 7.0}, "max_new_tokens is 7.0; it must be of type int"),
+        ({"top_k": True}, "top_k is True; it must be of type int"),
+        ({"steps": [4]}, r"steps is \[4\]; it must be of type int"),
+        ({"block_length": "32"}, "block_length is '32'; it must be of type int"),
+        ({"early_stop": 1}, "early_stop is 1; it must be of type bool"),
+        ({"do_sample": "no"}, "do_sample is 'no'; it must be of type bool"),
+        ({"add_bos": "yes"}, "add_bos is 'yes'; it must be of type bool"),
+        ({"do_sample": True, "temperature": 0}, "temperature is 0.0; it must be more than 0 where"),
+        ({"threshold": 2.0}, r"threshold=2.0: must be in \[0, 1\]"),
+    ],
+)
+def test_a_wrong_default_is_named_with_its_file(bundle, generation, message):
+    with pytest.raises(RequestError, match=rf"^generation_config\.json .*: {message}"):
+        Engine(dataclasses.replace(bundle, generation=generation))
 
 
 def test_bad_requests_are_named(bundle, engine):

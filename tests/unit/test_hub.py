@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from llada2_jax.hub import load_bundle, load_model, names, param_shapes
 from llada2_jax.hub.safetensors_files import INDEX, TensorFolder, TensorFolderWriter
 from llada2_jax.hub.streaming import Options, convert
 from llada2_jax.model import build
+from llada2_jax.types import SpecialTokens
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 MASK = 23
@@ -406,13 +408,36 @@ def test_another_tokenizer_can_be_named(tmp_path):
     assert bundle.tokenizer_files["tokenizer.json"] == (other / "tokenizer.json").read_text()
 
 
+def test_the_readme_s_way_from_an_ar_parent(tmp_path, monkeypatch):
+    """Its own line: another model's whole folder gives the tokenizer, and with it the mask."""
+    parent = ar_folder(tmp_path)
+    entries = {"<|mask|>": 19, "<|endoftext|>": 22}
+    parent.rename(tmp_path / "Ling-mini-base-2.0")
+    write_folder(tmp_path / "LLaDA2.0-mini", files=tokenizer(entries), mask_token_id=19)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [line] = [x for x in readme.splitlines() if x.startswith("llada2 convert Ling")]
+    monkeypatch.chdir(tmp_path)
+    command, *argv = shlex.split(line, comments=True)
+    assert command == "llada2" and cli.main(argv) == 0
+    bundle = load_model("ling-orbax")
+    assert bundle.special == SpecialTokens(mask=19, eos=22, pad=22)
+    assert bundle.hf_config["model_type"] == "bailing_moe_v2"
+    theirs = (tmp_path / "LLaDA2.0-mini" / "tokenizer.json").read_text()
+    assert bundle.tokenizer_files["tokenizer.json"] == theirs
+    embeddings = [
+        np.asarray(checkpoint.flatten(load_model(folder, **ids).params)["embedding"])
+        for folder, ids in (("Ling-mini-base-2.0", {"mask_id": 19}), ("ling-orbax", {}))
+    ]
+    np.testing.assert_array_equal(*embeddings)  # kept: another start is --mask-init's to choose
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
 def test_errors_are_one_line(tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "absent"), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("llada2 convert: ") and error.count("\n") == 1
+    assert error.startswith("llada2 convert: error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("size", ["5GB", "1.5M", "4000"])

@@ -28,7 +28,7 @@ from llada2_jax.merge import (
 from llada2_jax.model import build
 from llada2_jax.types import ModelConfig, SpecialTokens
 from tests.helpers import config as tiny
-from tests.helpers import random_params
+from tests.helpers import exit_status, random_params
 
 CONFIG = tiny(vocab_size=24, num_layers=3)
 
@@ -173,27 +173,34 @@ def test_the_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("status", "arguments", "message"),
     [
-        (["{run}"], "4 checkpoints were asked for"),
-        (["{run}/absent"], "no such directory"),
-        (["{run}/checkpoints/1", "{run}/checkpoints/1"], "named twice"),
-        (["{run}", "--weights", "1,2"], "named one by one"),
-        (["{run}/checkpoints/1", "--weights", "1,2"], "2 weights were given for 1 checkpoints"),
-        (["{run}", "--top-k", "1", "--last", "1"], "exclude each other"),
-        (["{run}", "--last", "2"], "--last, or name another --kind"),
-        (["{run}", "--last", "1", "--average", "ema", "--ema-decay", "1"], "--ema-decay=1.0 must"),
-        (["{run}/checkpoints/1", "--out", "{run}/checkpoints"], "exists"),
+        (1, ["{run}"], "4 checkpoints were asked for"),
+        (1, ["{run}/absent"], "no such directory"),
+        (1, ["{run}/checkpoints/1", "{run}/checkpoints/1"], "named twice"),
+        (2, ["{run}", "--weights", "1,2"], "named one by one"),
+        (2, ["{run}/checkpoints/1", "--top-k", "1", "--weights", "1"], "exclude --top-k"),
+        (1, ["{run}/checkpoints/1", "--weights", "1,2"], "2 weights were given for 1 checkpoints"),
+        (2, ["{run}", "--top-k", "1", "--last", "1"], "not allowed with argument --top-k"),
+        (2, ["{run}", "--top-k", "0"], "--top-k: 0: must be at least 1"),
+        (1, ["{run}", "--last", "2"], "--last, or name another --kind"),
+        (2, ["{run}", "--last", "1", "--mode", "min"], "--mode says what is best, and --last"),
+        (2, ["{run}", "--average", "ema", "--ema-decay", "1"], "--ema-decay=1.0 must"),
+        (2, ["{run}", "--top-k", "1", "--ema-decay", "0.8"], "--ema-decay belongs to --average=e"),
+        (2, ["{run}/checkpoints/1", "--metric", "x"], "--metric chooses among checkpoints"),
+        (2, ["{run}/checkpoints/1", "--mode", "min"], "--mode chooses among checkpoints"),
+        (2, ["{run}/checkpoints/1", "--kind", "ar"], "--kind chooses among checkpoints"),
+        (1, ["{run}/checkpoints/1", "--out", "{run}/checkpoints"], "exists"),
     ],
 )
-def test_errors_are_one_line(tmp_path, capsys, arguments, message):
+def test_errors_say_what_is_wrong(tmp_path, capsys, status, arguments, message):
     add_step(tmp_path, 1)
     arguments = [argument.format(run=tmp_path) for argument in arguments]
     if "--out" not in arguments:
         arguments += ["--out", str(tmp_path / "out")]
-    assert cli.main(["merge", *arguments]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("llada2 merge: ") and message in error and error.count("\n") == 1
+    assert exit_status("merge", *arguments) == status
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("llada2 merge: error: ") and message in error
     assert not (tmp_path / "out").exists()
 
 

@@ -71,6 +71,13 @@ def test_a_line_that_is_cut_short_is_written_again(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
+def test_a_metric_does_not_hide_what_the_line_is(tmp_path):
+    logger = open_logger(tmp_path)
+    with pytest.raises(ValueError, match=r"\['kind', 'step'\] would hide"):
+        logger.write(1, "validation", "ar", {"kind": "bdlm-4", "step": 2, "loss": 1.0})
+    logger.close()
+
+
 def test_a_folder_that_vanishes_is_an_error_and_not_a_silent_loss(tmp_path):
     logger = open_logger(tmp_path / "run")
     log_steps(logger, [1])

@@ -20,6 +20,15 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(n): v for n, v in (line.split("==") for line in pinned)}
 
 
+def test_the_oldest_jax_is_tested() -> None:
+    """`make test-oldest` takes the lower bound that pyproject.toml promises."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = {r.name: str(r.specifier) for r in map(Requirement, project["dependencies"])}
+    text = (ROOT / "constraints-oldest.txt").read_text()
+    oldest = dict(re.findall(r"^([\w-]+)==([\w.]+)$", text, re.MULTILINE))
+    assert bounds["jax"] == f">={oldest['jax']}" and oldest["jax"] == oldest["jaxlib"]
+
+
 def test_every_requirement_is_pinned_within_its_bounds(pins: dict[str, str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [

@@ -21,7 +21,8 @@ def results(*, rate_buckets: int):
             norms = [float(index + bucket) for bucket in range(rate_buckets)]
             lines.append({"kind": "grad_norm_by_rate", "norms": norms, **place})
         scores = {"bits_per_byte": 2.0, "bits_per_byte_stderr": 0.1, "nats_per_token": 4.0}
-        lines.append({"kind": f"{phase}:bdlm-4", **scores, **place})
+        measured = {"measured": f"{phase}:bdlm-4", **scores}
+        lines.append({"kind": "validation", **measured, **place})
     by_block = {"4": scores, "32": scores}
     split = {"documents": 3, "tokens": 1000, "bytes": 4000}
     return {

@@ -34,7 +34,8 @@ def make_run(folder, cfg, losses, data=None, validation=()):
         line(i, loss=loss, data_checksum=(data or range(99))[i], skipped=0, tokens_per_second=i)
         for i, loss in enumerate(losses, 1)
     ]
-    lines += [line(i, kind="bdlm-4", bits_per_byte=bits) for i, bits in validation]
+    measured = {"kind": "validation", "measured": "bdlm-4"}
+    lines += [line(i, **measured, bits_per_byte=bits) for i, bits in validation]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 

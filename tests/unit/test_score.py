@@ -1,19 +1,24 @@
 """`llada2 score`, called as the command does."""
 
+import dataclasses
 import io
 import json
 import math
+import re
+import sys
 
 import pytest
 
-from llada2_jax import cli
+from llada2_jax import cli, progress
 from llada2_jax.checkpoint import ModelBundle, save_model
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
+from llada2_jax.evals.likelihood import ROW_LENGTH, default_row_length
+from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.model import init_params
 from llada2_jax.types import SpecialTokens
-from tests.helpers import config
+from tests.helpers import Terminal, config, exit_status
 
-CFG = config(vocab_size=264)
+CFG = config(vocab_size=264, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def score(checkpoint, capfd):
     def call(*argv, folder=checkpoint):
         capfd.readouterr()
         common = ["score", "--checkpoint", str(folder), "--row-length", "16", "--samples", "2"]
-        status = cli.main([*common, *map(str, argv)])
+        status = exit_status(*common, *argv)
         return status, *capfd.readouterr()
 
     return call
@@ -93,11 +98,47 @@ def test_a_long_text_spans_rows(score):
     assert line["tokens"] == 12 * parts["tokens"]
 
 
+def test_rows_are_as_long_as_in_training(checkpoint):
+    bundle = load_bundle(checkpoint)
+    assert default_row_length(bundle) == 64  # nothing tells: what the model takes
+    long = dataclasses.replace(bundle, config=config(max_position_embeddings=1 << 20))
+    assert default_row_length(long) == ROW_LENGTH
+    trained = dataclasses.replace(bundle, provenance={"step": 3, "row_length": 48})
+    assert default_row_length(trained) == 48
+    merged = {"merged": [{"row_length": 16}, {"row_length": 32}, {}], "row_length": 0}
+    assert default_row_length(dataclasses.replace(bundle, provenance=merged)) == 32
+
+
+def test_the_row_length_is_the_checkpoint_s_own(checkpoint, tmp_path, capfd):
+    """16 tokens of context give what --row-length 16 gives, and not what 64 do."""
+    bundle = dataclasses.replace(load_model(checkpoint), provenance={"row_length": 16})
+    save_model(tmp_path / "trained", bundle)
+
+    def nats(folder, *options):
+        text = ["--text", "x = 1\n" * 12, "--block-size", 1, "--json"]
+        assert exit_status("score", "--checkpoint", folder, *text, *options) == 0
+        return json.loads(capfd.readouterr().out.splitlines()[0])["nats"]
+
+    assert nats(tmp_path / "trained") == nats(checkpoint, "--row-length", 16)
+    assert nats(tmp_path / "trained") != nats(checkpoint) == nats(checkpoint, "--row-length", 64)
+
+
+def test_a_bar_on_a_terminal(checkpoint, monkeypatch, capfd):
+    argv = ["score", "--checkpoint", checkpoint, "--text", "a text " * 60, "--row-length", 32]
+    monkeypatch.setattr(progress, "DELAY", 0)
+    assert exit_status(*argv) == 0
+    assert "row" not in capfd.readouterr().err
+    monkeypatch.setattr("sys.stderr", Terminal())
+    assert exit_status(*argv) == 0
+    rows = 8 * 10  # samples, and rows of 31 tokens for 300
+    assert re.search(rf"scoring: 100%.* {rows}/{rows} \[.*<.*row/s\]", sys.stderr.getvalue())
+
+
 def test_files_lines_and_stdin(score, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"a text\r\n")
     assert lines(score("--file", tmp_path / "a.txt", "--json"))[0]["bytes"] == 8
     (tmp_path / "a.jsonl").write_text('{"text": "a text", "label": 3}\n\n{"text": "b"}\n')
-    first, second, _ = lines(score("--prompts-file", tmp_path / "a.jsonl", "--json"))
+    first, second, _ = lines(score("--texts-file", tmp_path / "a.jsonl", "--json"))
     assert first["label"] == 3 and first["bytes"] == 6 and second["bytes"] == 1
     monkeypatch.setattr("sys.stdin", io.StringIO("a text"))
     (piped, _) = lines(score("--json"))
@@ -105,19 +146,22 @@ def test_files_lines_and_stdin(score, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("status", "argv", "message"),
     [
-        (["--text", "a", "--text", ""], "text 2 is empty"),
-        (["--file", "/nowhere/at/all"], "No such file"),
-        (["--text", "a", "--block-size", "0"], "--block-size 0: must be at least 1"),
-        (["--text", "a", "--samples", "-1"], "--samples -1: must be at least 1"),
-        (["--text", "a", "--objective", "ar", "--block-size", "4"], "no meaning for --objective"),
+        (1, ["--text", "a", "--text", ""], "text 2 is empty"),
+        (1, ["--file", "/nowhere/at/all"], "No such file"),
+        (1, ["--text", "a", "--row-length", "65"], "row length 65: must be at least 2, and at mo"),
+        (1, ["--text", "a", "--row-length", "1"], "max_position_embeddings=64"),
+        (2, ["--text", "a", "--block-size", "0"], "--block-size: 0: must be at least 1"),
+        (2, ["--text", "a", "--samples", "-1"], "--samples: -1: must be at least 1"),
+        (2, ["--text", "a", "--objective", "ar", "--block-size", "4"], "no meaning for --objecti"),
+        (2, ["--text", "a", "--dtype", "float31"], "invalid choice: 'float31'"),
     ],
 )
-def test_errors_say_what_is_wrong(score, argv, message):
-    status, out, err = score(*argv)
-    assert status == 2 and not out
-    assert err.startswith("llada2 score: error: ") and message in err and "Traceback" not in err
+def test_errors_say_what_is_wrong(score, status, argv, message):
+    ended, out, err = score(*argv)
+    assert ended == status and not out
+    assert "llada2 score: error: " in err and message in err and "Traceback" not in err
 
 
 def test_errors_in_files_name_the_place(score, tmp_path):
@@ -129,7 +173,7 @@ def test_errors_in_files_name_the_place(score, tmp_path):
         ("\n", "no texts"),
     ]:
         (tmp_path / "a.jsonl").write_text(text)
-        assert message in score("--prompts-file", tmp_path / "a.jsonl")[2]
+        assert message in score("--texts-file", tmp_path / "a.jsonl")[2]
     assert "no such directory" in score("--text", "a", folder=tmp_path / "none")[2]
 
 
@@ -137,7 +181,7 @@ def test_a_checkpoint_without_a_tokenizer(score, tmp_path):
     special = SpecialTokens(mask=0, eos=1, pad=1)
     save_model(tmp_path / "bare", ModelBundle(CFG, init_params(CFG, 0), special))
     status, _, err = score("--text", "a", folder=tmp_path / "bare")
-    assert status == 2 and "has no tokenizer.json" in err
+    assert status == 1 and "has no tokenizer.json" in err
 
 
 def test_help_has_examples(capsys):

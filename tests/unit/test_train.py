@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import ConfigError, DataConfig, TrainConfig
-from llada2_jax.train import _checksums, _restored, _Trace
+from llada2_jax.config import ConfigError, DataConfig, Phase, TrainConfig
+from llada2_jax.metrics import MetricLogger, read_metrics
+from llada2_jax.train import _checksums, _restored, _Trace, _validate
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config
 
@@ -45,6 +46,18 @@ def test_without_a_folder_there_is_no_trace(monkeypatch):
     for _ in range(20):
         trace.after({})
     trace.close()
+
+
+def test_validation_is_a_line_of_that_kind(monkeypatch, tmp_path):
+    """What it measured stands beside it, as it does in the checkpoint."""
+    scores = {"kind": "ar:ar-1", "bits_per_byte": 1.0, "bits_per_byte_stderr": 0.1}
+    logger = MetricLogger(tmp_path, total_steps=2, first_step=0, tokens_per_step=4, label="")
+    run = SimpleNamespace(cfg=TrainConfig(), validate=lambda phase: dict(scores), logger=logger)
+    phase = Phase("ar", "ar", 1, 8)
+    assert _validate(run, 2, phase, None, None, ends=True) == scores  # pyright: ignore
+    logger.close()
+    [line] = read_metrics(tmp_path, "validation")
+    assert line["measured"] == "ar:ar-1" and line["bits_per_byte"] == 1.0 and line["step"] == 2
 
 
 def test_a_checkpoint_at_another_row_of_the_data_is_not_resumed():
