@@ -40,7 +40,7 @@ from llada2_jax.metrics import MetricLogger
 from llada2_jax.model import init_params
 from llada2_jax.objectives import OBJECTIVES, Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
-from llada2_jax.retry import with_retries
+from llada2_jax.retry import describe, with_retries
 from llada2_jax.run_folder import record_config, record_start
 from llada2_jax.schedules import embedding_noise_sigma, learning_rate
 from llada2_jax.spikes import EVENTS
@@ -536,7 +536,7 @@ def parse_flags(
     """The flags of a command that runs a config: --config (by default the file `config`) with its
     overrides, --workdir, which goes into the config, --print_config, and `texts`: {name: help}.
 
-    Raises: UsageError; OSError if the config file does not exist.
+    Raises: UsageError; ConfigError for a config file that is not there.
     """
     values = flags.FlagValues()
     arguments = [command, *argv]  # not sys.argv, which is another caller's
@@ -548,6 +548,8 @@ def parse_flags(
         _, *rest = values(arguments)
     except flags.Error as error:
         raise UsageError(str(error)) from error
+    except OSError as error:  # of a config file; its message has many lines
+        raise ConfigError(f"--config: {describe(error)}") from error
     except AttributeError as error:  # how ml_collections says that a field does not exist
         reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error
         raise UsageError(f"the config has no field {reason}") from error
