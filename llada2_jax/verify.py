@@ -95,7 +95,7 @@ def verify(checkpoint: Path, goldens: Path | None = None) -> list[Result]:
 def read_goldens(path: Path) -> dict[str, np.ndarray]:
     """Raises: CheckpointError for a file that is absent, damaged, or has no case."""
     try:
-        numbers = _read_npz(path)
+        numbers = _read_npz(Path(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; name the goldens by --goldens") from None
     except DAMAGE as error:
@@ -107,11 +107,12 @@ def read_goldens(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    file = np.load(path)
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError("it holds one array, as a .npy file does; save the goldens by numpy.savez")
-    with file:
-        return dict(file)
+    with path.open("rb") as stream:  # given the path, numpy leaves it open where it fails
+        file = np.load(stream)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array, as .npy files do: save goldens by numpy.savez")
+        with file:
+            return dict(file)
 
 
 def case_names(goldens: Goldens) -> list[str]:
