@@ -546,6 +546,8 @@ def parse_flags(
     try:
         config_flags.DEFINE_config_file("config", config, flag_values=values, sys_argv=arguments)
         _, *rest = values(arguments)
+        if values.config is not None:
+            values.config.keys()  # a file that could not be read fails at the first use
     except flags.Error as error:
         raise UsageError(str(error)) from error
     except OSError as error:  # of a config file; its message has many lines
