@@ -10,7 +10,7 @@ from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.engine import Completion, Engine, complete_characters, default_options, load
 from llada2_jax.model import init_params
-from llada2_jax.sampler import Generation, RequestError, SamplerOptions
+from llada2_jax.sampler import Generation, RequestError, SamplerOptions, tokens_per_forward
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config
 
@@ -122,6 +122,18 @@ def test_a_decoder_that_rewrites_loses_nothing(engine, monkeypatch, caplog, text
     assert sent == pieces and last.text == texts[-1]
     assert ("rewrote text that had been sent" in caplog.text) == warned
     assert warned or "".join(sent) == last.text
+
+
+def test_tokens_per_forward_over_batches_and_completions(engine):
+    done = engine.generate(["a text", "and", "to learn"])
+    accepted, denoise, commits = (
+        sum(getattr(c, name) for c in done)
+        for name in ("accepted", "denoise_forwards", "commit_forwards")
+    )
+    assert tokens_per_forward(*done) == pytest.approx(accepted / denoise)
+    assert tokens_per_forward(*done, commits=True) == pytest.approx(accepted / (denoise + commits))
+    assert tokens_per_forward(done[0]) == done[0].tokens_per_forward
+    assert tokens_per_forward() == 0.0
 
 
 def test_a_mask_spelled_in_a_prompt_is_a_token(engine):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import ConfigError, DataConfig, Phase, TrainConfig
+from llada2_jax.config import ConfigError, DataConfig, Phase, ScheduleConfig, TrainConfig
+from llada2_jax.evals.likelihood import default_row_length
 from llada2_jax.metrics import MetricLogger, read_metrics
-from llada2_jax.train import _checksums, _restored, _Trace, _validate
+from llada2_jax.train import _checksums, _restored, _save, _Trace, _validate
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config
 
@@ -58,6 +59,21 @@ def test_validation_is_a_line_of_that_kind(monkeypatch, tmp_path):
     logger.close()
     [line] = read_metrics(tmp_path, "validation")
     assert line["measured"] == "ar:ar-1" and line["bits_per_byte"] == 1.0 and line["step"] == 2
+
+
+def test_a_checkpoint_tells_how_long_its_rows_were():
+    saved = []
+    data = DataConfig(row_length=48)
+    bundle = ModelBundle(config=config(), params=None, special=SpecialTokens(mask=0, eos=1, pad=1))
+    run = SimpleNamespace(
+        cfg=TrainConfig(workdir="w", data=data, schedule=ScheduleConfig(ar_tokens=1000)),
+        bundle=bundle,
+        logger=SimpleNamespace(sync=lambda: None),
+        state=SimpleNamespace(model_params=None, beside_params=None),
+        checkpoints=SimpleNamespace(save=lambda step, bundle, *_, wait: saved.append(bundle)),
+    )
+    _save(run, 1)  # pyright: ignore[reportArgumentType]
+    assert default_row_length(saved[0]) == 48 != default_row_length(bundle)
 
 
 def test_a_checkpoint_at_another_row_of_the_data_is_not_resumed():
