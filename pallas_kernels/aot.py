@@ -106,14 +106,16 @@ def training_attention(attend: Callable[..., jax.Array], shape: AttentionShape, 
     return run, (q, k, k, q, index, index)
 
 
-def decoding_attention(shape: AttentionShape, capacity: int, *, paged: bool, batch: int = 8):
+def decoding_attention(
+    shape: AttentionShape, capacity: int, *, paged: bool, batch: int = 8, backend: str = "tpu"
+):
     """(function, its arguments) of a denoising forward of one block of 32 over a cache."""
     queries, page = 32, 128
 
     def run(q, k, v, block, segment, *cache):
         own = half_layout(block, segment, NOISY)
         kind = PagedCache if paged else ContiguousCache
-        return decode_attention(q, k, v, own, kind(*cache), backend="tpu")
+        return decode_attention(q, k, v, own, kind(*cache), backend=backend)
 
     q = _array(batch, queries, shape.heads, shape.head_dim)
     k = _array(batch, queries, shape.kv_heads, shape.head_dim)

@@ -149,8 +149,13 @@ class KeyIntervals:
     earlier: tuple[Int[Array, "batch queries"], Int[Array, "batch queries"]]
 
     def count(self) -> Int[Array, "batch queries"]:
-        """int32 [batch, queries]: keys of each query, the ideal work in query-key pairs."""
+        """int32 [batch, queries]: keys of each query."""
         return (self.own[1] - self.own[0]) + (self.earlier[1] - self.earlier[0])
+
+    def pairs(self) -> int:
+        """Query-key pairs of all rows, the ideal work: summed on the host, since rows of 65536
+        tokens have more than 2**31."""
+        return int(np.asarray(self.count()).sum(dtype=np.int64))
 
 
 def key_intervals(layout: BlockLayout) -> KeyIntervals:

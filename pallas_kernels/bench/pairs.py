@@ -53,7 +53,7 @@ def _ratios(
         return key_intervals(layout)
 
     packed = intervals(documents)
-    ideal = float(np.asarray(packed.count()).sum(dtype=np.float64))
+    ideal = packed.pairs()
     counts: dict[str, Pairs] = {
         name: count(packed, 2 * length) for name, count in SCHEDULES.items()
     }

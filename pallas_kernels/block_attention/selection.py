@@ -1,97 +1,136 @@
-"""Which backend "auto" is: the fastest one that proves itself on the device at hand."""
+"""Which backend "auto" is: the first of a platform's kernels that proves itself on the device."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_attention.reference import attend_reference
-from pallas_kernels.block_layout import BlockLayout, block_index, both_halves
-
 logger = logging.getLogger(__name__)
 
-PREFERENCES = {"tpu": ("tpu", "splash"), "gpu": ("gpu",)}
-"""Kernels to try on a platform, best first. After them, and elsewhere: "xla", which needs none."""
-
 TOLERANCE = 0.03
-"""Of an output or gradient, in units of the largest one expected: bfloat16's rounding passes, a
-missing tile does not."""
+"""Of a row of an output or gradient, in units of its own length: bfloat16's rounding passes, a
+missing tile of many does not."""
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, BlockLayout], jax.Array]
+Prove = Callable[[str, Any], str | None]
+"""(backend, device) -> what is wrong with the backend on the device, or None."""
 
 
-def select(attend: Callable[..., jax.Array], q, k) -> str:
-    """The backend for arrays like q and k (only shapes and dtypes are read) on the default device.
+_chosen: dict[tuple, str] = {}
 
-    Each candidate is compiled, run and compared with the oracle, once per process, kind of device
-    and shape of heads; also while something else is being traced.
+
+def first_proven(
+    what: str, preferences: Mapping[str, Sequence[str]], prove: Prove, where: str
+) -> str:
+    """The first backend of the platform's that is proven, or "xla", which needs no proof.
+
+    Decided once for each `what`, `where` and kind of device; also while something else is being
+    traced. A kernel that is refused is a warning with the reason, and so is the choice, where there
+    was one: commands show warnings. If what is being traced runs on several processes, a kernel has
+    to pass on all of them, so that they agree. For a device that is only described, to compile for
+    it, the first kernel is taken unproven.
 
     Args:
-      attend: called with (q, k, v, layout, backend=candidate).
+      what: that is chosen. where: all that the proof depends on beside the device.
+      preferences: by platform, best first.
+      prove: called for one backend after the other, until one passes.
     """
-    group = q.shape[2] // k.shape[2]
-    return _select(attend, jax.local_devices()[0], group, q.shape[3], jnp.dtype(q.dtype))
+    device, present = device_at_hand()
+    together = runs_on_several_processes()
+    key = what, where, device.platform, device.device_kind, present, together
+    if key not in _chosen:
+        candidates = preferences.get(device.platform, ())
+        if present or not candidates:
+            _chosen[key] = _first_proven(what, candidates, prove, where, device, together)
+        else:
+            _chosen[key] = candidates[0]
+            _warn_once(
+                f"{what}: {candidates[0]!r} for {device.device_kind}, which is not here: unproven"
+            )
+    return _chosen[key]
 
 
-@functools.cache
-def _select(attend, device, group: int, head_dim: int, dtype) -> str:
-    where = f"{device.device_kind} ({group} query heads a key head, head size {head_dim}, {dtype})"
-    for backend in PREFERENCES.get(device.platform, ()):
-        candidate = functools.partial(attend, backend=backend)
+def _first_proven(what: str, candidates, prove: Prove, where: str, device, together: bool) -> str:
+    kind = device.device_kind
+    for backend in candidates:
         # A thread of its own, because a function may be under trace in this one.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            fault = thread.submit(self_check, candidate, device, group, head_dim, dtype).result()
+            fault = thread.submit(_fault, prove, backend, device, together).result()
         if fault is None:
-            logger.info("attention backend: %r on %s, proven against the oracle", backend, where)
+            _warn_once(f"{what}: {backend!r} on {kind}, proven against the oracle")
             return backend
-        logger.warning("attention backend %r is not used on %s: %s", backend, where, fault)
-    logger.info("attention backend: 'xla' on %s", where)
+        logger.warning("%s: %r is not used on %s (%s): %s", what, backend, kind, where, fault)
+    if candidates:
+        _warn_once(f"{what}: 'xla' on {kind}, since no kernel passed")
     return "xla"
 
 
-def self_check(attend: Attend, device, group: int, head_dim: int, dtype) -> str | None:
-    """What is wrong with `attend` on the device, forward or backward, or None.
-
-    Two rows of 320 tokens in both halves: documents that straddle tiles and blocks, and padding.
-    """
-    layout, inputs = sample(group, head_dim, dtype)
-
-    def output_and_gradients(attend):
-        def run(layout, cotangent, *inputs):
-            output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, layout), *inputs)
-            return output, *pull(cotangent)
-
-        return jax.jit(run)(*jax.device_put((layout, *inputs), device))
-
+def _fault(prove: Prove, backend: str, device, together: bool) -> str | None:
+    """Of this process, or of another one."""
     try:
-        actual = jax.block_until_ready(output_and_gradients(attend))
+        fault = prove(backend, device)
     except Exception as error:  # whatever a compiler or a driver throws at a kernel
-        return f"{type(error).__name__}: {error}"
-    with jax.default_matmul_precision("highest"):
-        expected = output_and_gradients(lambda q, k, v, at: attend_reference(q, k, v, at, at))
-    for name, x, y in zip(("output", "dq", "dk", "dv"), actual, expected, strict=True):
-        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
-        error = np.abs(x - y).max() / max(1.0, np.abs(y).max())
+        fault = f"{type(error).__name__}: {error}"
+    if not together:
+        return fault
+    from jax.experimental import multihost_utils
+
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(fault is not None)))
+    return fault or (f"it failed on processes {failed.tolist()}" if failed.size else None)
+
+
+def device_at_hand() -> tuple[Any, bool]:
+    """A device of the kind that runs what is being traced, and whether it is on this machine.
+
+    That is a device of the mesh in context, of jax_default_device, or of the default platform. A
+    mesh may describe devices that are elsewhere, to compile for them.
+    """
+    default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is None:
+        if default is None or isinstance(default, str):
+            default = jax.local_devices(backend=default)[0]
+        return default, True
+    try:
+        here = jax.local_devices(backend=described.platform)
+    except RuntimeError:  # jax has no such platform on this machine
+        here = []
+    device = next((d for d in here if d.device_kind == described.device_kind), None)
+    return (described, False) if device is None else (device, True)
+
+
+def runs_on_several_processes() -> bool:
+    """Whether the mesh in context is larger than this process."""
+    return math.prod(jax.sharding.get_abstract_mesh().axis_sizes) > jax.local_device_count()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def difference(
+    names: Sequence[str], actual: Sequence[jax.Array], expected: Sequence[jax.Array]
+) -> str | None:
+    """The first array that is off by more than TOLERANCE, in words, or None."""
+    for name, x, y in zip(names, actual, expected, strict=True):
+        error = float(_largest_error(x, y))
         if not error <= TOLERANCE:  # so that NaN fails
-            return f"{name} is off by {error:.2g} of its largest value, {TOLERANCE} allowed"
+            return f"{name} is off by {error:.2g} of a row's length, {TOLERANCE} allowed"
     return None
 
 
-def sample(group: int, head_dim: int, dtype):
-    """What the check runs on: (layout, (cotangent, q, k, v)), with two key heads."""
-    ends = np.array([[1, 130, 301, 320], [256, 300, 310, 320]])
-    index = np.arange(320)
-    document = (index[None, :, None] >= ends[:, None, :]).sum(-1)
-    starts = np.pad(ends, ((0, 0), (1, 0)))
-    positions = index - np.take_along_axis(starts, document, axis=1)
-    segments = np.where(document < 3, document + 1, 0).astype(np.int32)
-    layout = both_halves(block_index(positions.astype(np.int32), 32, "document"), segments)
-    rng = np.random.default_rng(0)
-    heads = (2 * group, 2 * group, 2, 2)
-    return layout, tuple(jnp.asarray(rng.normal(size=(2, 640, n, head_dim)), dtype) for n in heads)
+@jax.jit
+def _largest_error(x, y):
+    """Of any row (the last axis), in units of that row's length; of short ones in units of a
+    hundredth of the mean length."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    length = jnp.linalg.norm(y, axis=-1)
+    return (jnp.linalg.norm(x - y, axis=-1) / (length + 0.01 * length.mean() + 1e-30)).max()

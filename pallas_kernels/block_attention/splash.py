@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
+import inspect
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_attention.constants import MASKED
+from pallas_kernels.block_attention.residuals import KEPT
 from pallas_kernels.block_layout import CLEAN, BlockLayout, KeyIntervals, key_intervals
 
 TILE = 512
@@ -91,6 +95,7 @@ def _attend_row(q, k, v, intervals: KeyIntervals, *, clean: int, tile: int, inte
         block_q_dkv=tile,
         block_kv_dkv=tile,
         dq_reduction_steps=3,  # partial gradients of q in 3 buffers, not in one a tile of keys
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
     tiles = _tiles(intervals, keys, tile)
@@ -113,7 +118,7 @@ def _attend_row(q, k, v, intervals: KeyIntervals, *, clean: int, tile: int, inte
         config=config,
         is_mqa=False,
         save_residuals=False,
-        mask_value=-1e30,
+        mask_value=MASKED,
         mask_function=_Inside(clean),
         fwd_mask_sparsity=0.25,  # for the cost estimate alone
         dkv_mask_sparsity=0.25,
@@ -123,16 +128,36 @@ def _attend_row(q, k, v, intervals: KeyIntervals, *, clean: int, tile: int, inte
 
 
 def _tokamax():
+    """Splash's modules. They are internals of tokamax, which has no public way to give it a mask
+    and a table of tiles as data: hence the bound on its version in pyproject.toml."""
+    try:
+        version = importlib.metadata.version("tokamax")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(
+            "attention backend 'splash' needs tokamax: pip install 'llada2-jax[splash]'"
+        ) from error
     try:
         from tokamax._src.ops.experimental.tpu.splash_attention import (
             splash_attention_kernel,
             splash_attention_mask_info,
         )
     except ImportError as error:
-        raise ImportError(
-            "attention backend 'splash' needs tokamax>=0.0.17: pip install 'llada2-jax[splash]'"
-        ) from error
+        raise _unknown_tokamax(version) from error
+    taken = (
+        (splash_attention_kernel.SplashConfig, ("dq_reduction_steps", "residual_checkpoint_name")),
+        (splash_attention_mask_info.MaskInfo, ("block_mask", "q_sequence", "active_rows")),
+    )
+    for function, names in taken:
+        if not set(names) <= set(inspect.signature(function).parameters):
+            raise _unknown_tokamax(version)
     return splash_attention_kernel, splash_attention_mask_info
+
+
+def _unknown_tokamax(version: str) -> ImportError:
+    return ImportError(
+        "attention backend 'splash' is written for the internals of tokamax 0.0.17, which "
+        f"{version} does not have: pip install 'llada2-jax[splash]', or choose another backend"
+    )
 
 
 def _every_query_sees_a_key(intervals: KeyIntervals, padding: int) -> KeyIntervals:

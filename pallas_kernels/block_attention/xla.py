@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.block_attention.constants import MASKED
 from pallas_kernels.block_layout import CLEAN, PADDING, BlockLayout, allowed
-
-_MASKED = -1e30  # finite, so that a query without keys has no NaN on the way to its zeros
 
 
 def attend_xla(
@@ -70,7 +69,7 @@ def _attend(q, parts, queries):
     ]
     mask = jnp.concatenate([allowed(queries, layout) for _, _, layout in parts], axis=-1)
     score = jnp.concatenate(scores, axis=-1).reshape(batch, heads, length, -1)
-    weights = jax.nn.softmax(jnp.where(mask[:, None], score, _MASKED), axis=-1).astype(q.dtype)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], score, MASKED), axis=-1).astype(q.dtype)
     weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
     pieces, start = [], 0
     for k, v, _ in parts:

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-LOGITS_BYTES = 512 * 2**20
-"""What the fp32 logits of one chunk may take on a device."""
+LOGITS_BYTES = 256 * 2**20
+"""What the fp32 logits of one chunk may take on a device, however many tokens there are."""
 
 _ROW_MULTIPLE = 128  # rows of a chunk fill whole tiles of a matrix unit
+_MOST_ROWS = 1024  # the head is read and its gradient updated once a chunk: more rows gain little
 _CHUNKS = 8  # so that rounding up to whole chunks adds at most an eighth
 
 
@@ -114,9 +115,9 @@ def token_losses(
 
 
 def chunk_rows(tokens: int, vocabulary: int) -> int:
-    """Tokens a chunk: an eighth of all, within LOGITS_BYTES, a multiple of 128 and at least that
-    (but no more than there are)."""
-    rows = min(tokens // _CHUNKS, LOGITS_BYTES // (4 * vocabulary))
+    """Tokens a chunk: an eighth of all, at most 1024 and within LOGITS_BYTES, a multiple of 128 and
+    at least that (but no more than there are)."""
+    rows = min(tokens // _CHUNKS, _MOST_ROWS, LOGITS_BYTES // (4 * vocabulary))
     rows = max(rows // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE
     return max(min(rows, tokens), 1)
 

@@ -1,5 +1,8 @@
 """Choosing a backend, and tokamax's splash attention under the contract."""
 
+import dataclasses
+import functools
+import importlib.metadata
 import logging
 import sys
 
@@ -7,13 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask_info
 
-from pallas_kernels.block_attention import BACKENDS, api, attend_reference, block_attention
-from pallas_kernels.block_attention.selection import PREFERENCES, sample, select, self_check
+from pallas_kernels.block_attention import (
+    BACKENDS,
+    api,
+    attend_reference,
+    block_attention,
+    selection,
+)
+from pallas_kernels.block_attention import self_check as checking
+from pallas_kernels.block_attention.self_check import PREFERENCES, rows_of, select, self_check
 from pallas_kernels.block_attention.splash import LONGEST, attend_splash, computed_pairs
-from pallas_kernels.block_layout import CLEAN, concatenate, half_layout, key_intervals
+from pallas_kernels.block_layout import CLEAN, NOISY, concatenate, half_layout, key_intervals
 from pallas_kernels.shapes import packed_layout
-from tests.kernels.contract import AttentionContract, Case
+from tests.kernels.contract import AttentionContract, Case, output_and_gradients
 
 DEVICE = jax.local_devices()[0]
 
@@ -66,14 +79,44 @@ def test_splash_names_rows_that_are_too_long():
         jax.eval_shape(attend, x, index)
 
 
-def test_missing_tokamax_says_what_to_install(monkeypatch):
+def no_tokamax(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def moved_internals(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax._src.ops.experimental.tpu.splash_attention", None)
-    layout, (_, q, k, v) = sample(1, 128, "float32")
-    with pytest.raises(ImportError, match=r"llada2-jax\[splash\]"):
+
+
+def other_internals(monkeypatch):
+    monkeypatch.setattr(splash_attention_mask_info, "MaskInfo", dataclasses.make_dataclass("M", []))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (no_tokamax, "needs tokamax"),
+        (moved_internals, "internals of tokamax 0.0.17, which"),
+        (other_internals, "internals of tokamax 0.0.17, which"),
+    ],
+)
+def test_missing_tokamax_says_what_to_install(monkeypatch, change, message):
+    change(monkeypatch)
+    layout = rows_of([5], 1, BOTH)
+    q = k = v = jnp.zeros((1, 128, 1, 128))
+    with pytest.raises(ImportError, match=rf"{message}.*llada2-jax\[splash\]"):
         attend_splash(q, k, v, layout)
 
 
 # --- auto
+
+
+BOTH = ((NOISY, 64), (CLEAN, 64))
+Q = jax.ShapeDtypeStruct((2, 128, 4, 16), jnp.float32)
+K = jax.ShapeDtypeStruct((2, 128, 2, 16), jnp.float32)
+LAYOUT = rows_of([], 2, BOTH)
 
 
 def exact(q, k, v, layout, *, backend):
@@ -101,8 +144,10 @@ def forgets_padding(q, k, v, layout, *, backend):
     return jnp.where((layout.segment > 0)[..., None, None], out, jnp.nan)
 
 
-Q = jax.ShapeDtypeStruct((1, 8, 4, 16), jnp.float32)
-K = jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float32)
+@pytest.fixture(autouse=True)
+def _nothing_chosen(monkeypatch):
+    monkeypatch.setattr(selection, "_chosen", {})
+    selection._warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -122,39 +167,130 @@ def on_tpu(monkeypatch):
     ],
 )
 def test_auto_takes_the_first_kernel_that_proves_itself(on_tpu, caplog, attend, chosen, complaint):
-    with caplog.at_level(logging.INFO):
-        assert select(attend, Q, K) == chosen
-        assert select(attend, Q, K) == chosen
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(warnings) == {"tpu": 0, "splash": 1, "xla": 2}[chosen]
-    assert all(complaint in w and DEVICE.device_kind in w for w in warnings)
-    decisions = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
-    assert len(decisions) == 1 and repr(chosen) in decisions[0], "decided once, and said so"
+    """And says, as warnings, which commands show, why not the others, and what it took."""
+    for _ in range(2):
+        assert select(attend, Q, K, LAYOUT) == chosen
+    *refused, choice = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(refused) == {"tpu": 0, "splash": 1, "xla": 2}[chosen]
+    for kernel, message in zip(PREFERENCES["tpu"], refused, strict=False):
+        assert repr(kernel) in message and DEVICE.device_kind in message and complaint in message
+    assert repr(chosen) in choice and DEVICE.device_kind in choice
+
+
+def test_a_gpu_without_mosaic_takes_triton(monkeypatch, caplog):
+    def attend(q, k, v, layout, *, backend):
+        if backend == "mosaic":
+            raise RuntimeError("ptxas died")
+        assert backend == "triton"
+        return exact(q, k, v, layout, backend=backend)
+
+    monkeypatch.setitem(PREFERENCES, DEVICE.platform, PREFERENCES["gpu"])
+    assert select(attend, Q, K, LAYOUT) == "triton"
+    assert "'mosaic' is not used" in caplog.text and "RuntimeError: ptxas died" in caplog.text
 
 
 def test_auto_can_be_asked_under_a_trace(on_tpu):
     seen = []
-
-    def under_trace(q, k, v, layout, *, backend):
-        return exact(q, k, v, layout, backend=backend)
-
-    jax.eval_shape(lambda q, k: seen.append(select(under_trace, q, k)) or q, Q, K)
+    jax.eval_shape(lambda q, k: seen.append(select(exact, q, k, LAYOUT)) or q, Q, K)
     assert seen == ["tpu"]
 
 
+def forgets_far_keys(q, k, v, layout, *, backend):
+    """One window of 128 keys, which queries see whole, far behind them."""
+    hidden = jnp.where(jnp.arange(k.shape[1]) // 128 == 9, 0, layout.segment)
+    keys = type(layout)(layout.block, hidden, layout.spans)
+    return attend_reference(q, k, v, layout, keys)
+
+
+def fails_on_long_rows(q, k, v, layout, *, backend):
+    if q.shape[1] > 512:
+        raise RuntimeError("out of vmem")
+    return exact(q, k, v, layout, backend=backend)
+
+
+@pytest.mark.parametrize("attend", [forgets_far_keys, fails_on_long_rows])
+def test_what_runs_is_what_is_proven(on_tpu, attend):
+    """A fault that short rows do not show."""
+    assert select(attend, Q, K, LAYOUT) == "tpu"
+    spans = ((NOISY, 1024), (CLEAN, 1024))
+    long_q, long_k = (jax.ShapeDtypeStruct((1, 2048, n, 16), jnp.float32) for n in (4, 2))
+    assert select(attend, long_q, long_k, rows_of([], 1, spans)) == "xla"
+
+
+@pytest.mark.parametrize("scores", [1 << 24, 1 << 12])
+def test_the_oracle_of_the_check_is_the_oracle(monkeypatch, scores):
+    monkeypatch.setattr(checking, "SCORES", scores)
+    layout = rows_of([1, 13, 21], 2, BOTH)
+    sampled = checking.sampled_queries(Q.shape, K.shape)
+    assert len(sampled) == min(128, scores // (2 * 128))
+    inputs = checking._inputs(Q.shape, K.shape, Q.dtype, sampled)
+    expected = checking._expected(tuple(sampled.tolist()), layout, *inputs)
+    actual = output_and_gradients(functools.partial(exact, backend=""))(*inputs, layout)
+    output, d_q, *d_keys = actual
+    known = output[:, sampled], d_q[:, sampled], *d_keys
+    for name, x, y in zip(checking.NAMES, known, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
+
+
+def test_processes_agree_on_the_worst(on_tpu, monkeypatch, caplog):
+    """Where the mesh in context is larger than this process."""
+    asked = []
+
+    def of_two_processes(mine):
+        asked.append(bool(mine))
+        return np.array([mine, len(asked) == 1])  # the other one's first kernel fails
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", of_two_processes)
+    assert select(exact, Q, K, LAYOUT) == "tpu" and not asked
+    mesh = AbstractMesh((2 * jax.local_device_count(),), ("data",))
+    with use_abstract_mesh(mesh):
+        assert select(exact, Q, K, LAYOUT) == "splash"
+    assert asked == [False, False]
+    assert "'tpu' is not used" in caplog.text and "failed on processes [1]" in caplog.text
+
+
+def test_the_device_is_one_that_runs(monkeypatch):
+    assert selection.device_at_hand() == (DEVICE, True)
+    last = jax.local_devices()[-1]
+    with jax.default_device(last):
+        assert selection.device_at_hand() == (last, True)
+    described = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
+        assert selection.device_at_hand() == (described, False)
+        # As it would be there: compiling for a TPU on a CPU machine takes the TPU's kernel.
+        assert select(exact, Q, K, LAYOUT) == "tpu"
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    with use_abstract_mesh(mesh.abstract_mesh):
+        assert selection.device_at_hand() == (DEVICE, True)
+
+
 def test_auto_is_the_default_and_xla_on_cpu():
-    layout, (_, q, k, v) = sample(2, 16, "float32")
+    layout = rows_of([1, 13, 21], 2, BOTH)
+    q, k, v, _ = checking._inputs(Q.shape, K.shape, Q.dtype, np.arange(128))
     auto = block_attention(q, [(k, v, layout)], layout)
     xla = block_attention(q, [(k, v, layout)], layout, backend="xla")
     np.testing.assert_array_equal(auto, xla)
-    assert select(api._attend_to_self, q, k) == "xla"
+    assert select(api._attend_to_self, q, k, layout) == "xla"
 
 
 def test_the_check_passes_what_is_right_on_this_device():
     def xla(q, k, v, layout):
         return block_attention(q, [(k, v, layout)], layout, backend="xla")
 
-    assert self_check(xla, DEVICE, 2, 16, jnp.bfloat16) is None
+    spans = ((NOISY, 320), (CLEAN, 320))
+    shapes = (2, 640, 4, 16), (2, 640, 2, 16)
+    assert self_check(xla, DEVICE, *shapes, jnp.dtype(jnp.bfloat16), spans) is None
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu", "mosaic", "triton", "splash"])
+def test_a_kernel_takes_no_other_keys_in_silence(backend):
+    cache = half_layout(jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), jnp.int32), CLEAN)
+    own = half_layout(jnp.ones((1, 8), jnp.int32), jnp.ones((1, 8), jnp.int32), NOISY)
+    x = jnp.ones((1, 8, 2, 16))
+    for parts in ([(x, x, cache), (x, x, own)], [(x, x, cache)]):
+        with pytest.raises(ValueError, match=f"{backend!r} takes one part.*{len(parts)} parts"):
+            block_attention(x, parts, own, backend=backend)
+        assert block_attention(x, parts, own).shape == x.shape
 
 
 def test_the_oracle_is_for_toys():

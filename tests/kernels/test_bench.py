@@ -69,6 +69,17 @@ def test_time_compares_and_survives_a_contender_that_fails(capsys, monkeypatch):
     assert failed["error"] == "NotImplementedError: no such chip"
 
 
+def test_without_the_first_contender_there_is_nothing_to_compare_with(capsys, monkeypatch):
+    def broken(case):
+        raise NotImplementedError("no such chip")
+
+    monkeypatch.setitem(contenders.CONTENDERS["cpu"], "xla", broken)
+    command = "time --length 32 --rows 1 --block 4 --documents none --repeats 1"
+    failed, reference = records(capsys, command)
+    assert "error" in failed and reference["fwd ms"] > 0
+    assert not {"fwd x", "fwd+bwd x", "differs by"} & {*failed, *reference}
+
+
 def test_a_wrong_contender_shows(capsys, monkeypatch):
     wrong = contenders._backend("xla")
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from pallas_kernels.aot import decoding_attention
 from pallas_kernels.block_attention import attend_reference
+from pallas_kernels.block_attention import selection as mechanism
 from pallas_kernels.block_attention.decode import (
     DECODE_BACKENDS,
     ContiguousCache,
@@ -22,6 +25,7 @@ from pallas_kernels.block_attention.decode import (
     xla,
 )
 from pallas_kernels.block_layout import CLEAN, NOISY, concatenate, half_layout
+from pallas_kernels.shapes import ATTENTION
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 16
 BLOCK, PAGE, CAPACITY = 8, 40, 280  # several chunks of each backend, the last one not whole
@@ -207,33 +211,55 @@ def test_auto_is_xla_on_a_cpu():
         np.testing.assert_array_equal(auto, xla_)
 
 
-class _Device:
-    platform, device_kind = "tpu", "TPU of the test"
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """The kernel of a TPU is the candidate on the device at hand; nothing is chosen yet."""
+    monkeypatch.setitem(selection.PREFERENCES, jax.default_backend(), ("tpu",))
+    monkeypatch.setattr(mechanism, "_chosen", {})
 
 
-@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
 @pytest.mark.parametrize(
-    "fault, chosen", [(None, "tpu"), ("raises", "xla"), ("wrong", "xla"), ("nan", "xla")]
+    "fault, chosen",
+    [(None, "tpu"), ("raises", "xla"), ("wrong", "xla"), ("nan", "xla"), ("capacity", "xla")],
 )
-def test_auto_takes_a_kernel_that_proves_itself(monkeypatch, caplog, paged, fault, chosen):
-    monkeypatch.setattr(jax, "device_put", lambda x, _: x)
+def test_auto_takes_a_kernel_that_proves_itself(on_tpu, caplog, kind, fault, chosen):
+    q, k, v, own = tokens_under_way(1, [(1,)] * ROWS)
+    cache = contiguous(4, [250, 3, 140])
+    cache = cache if kind == "contiguous" else paged(cache, 0)
 
-    def attend(*arguments, backend):
-        out = decode_attention(*arguments, backend="xla")
+    def attend(q, k, v, own, cache, backend):
+        out = decode_attention(q, k, v, own, cache, backend="xla")
         if backend == "reference" or fault is None:
             return out
-        if fault == "raises":
+        if fault == "raises" or fault == "capacity" and cache.capacity == CAPACITY:
             raise NotImplementedError("no such chip")
+        if fault == "capacity":
+            return out
         return out.at[0, 0].set(jnp.nan if fault == "nan" else 1.0)
 
-    with caplog.at_level("INFO", logger=selection.__name__):
-        dtype = jnp.dtype(jnp.bfloat16)
-        assert selection._select(attend, _Device(), 2, 16, dtype, paged) == chosen
-    assert ("not used on TPU of the test" in caplog.text) == (chosen == "xla")
+    assert selection.select(attend, q, k, v, own, cache) == chosen
+    assert ("'tpu' is not used" in caplog.text) == (chosen == "xla")
 
 
-@pytest.mark.parametrize("paged", [False, True])
-def test_the_self_check_passes_a_right_backend(paged):
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_the_self_check_passes_a_right_backend(kind):
+    arguments = *tokens_under_way(1, [(1,)] * ROWS), contiguous(4, [250, 3, 140])
+    if kind == "paged":
+        arguments = *arguments[:4], paged(arguments[4], 0)
     device = jax.local_devices()[0]
-    dtype = jnp.dtype(jnp.float32)
-    assert selection.self_check(decode_attention, "xla", device, 2, 16, dtype, paged) is None
+    assert selection.self_check(decode_attention, "xla", device, *arguments) is None
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("model", ["mini", "flash"])
+@kinds
+def test_lowers_for_hopper(kind, model):
+    program, arguments = decoding_attention(
+        ATTENTION[model], 4096, paged=kind == "paged", backend="gpu"
+    )
+    hopper = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=hopper)):
+        traced = jax.jit(program).trace(*arguments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton(") == 1 and "decode_attention" in text

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from pallas_kernels.bench.pairs import TARGETS
 from pallas_kernels.block_attention.gpu import (
     Tiles,
     attend_gpu,
@@ -70,6 +70,18 @@ def test_triton_takes_groups_that_are_no_power_of_two(heads):
 def register_operands(monkeypatch):
     """jax 0.12 interprets wgmma only with both operands in shared memory; here the left one may be
     an array, which is how Mosaic spells registers."""
+    try:
+        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+        needed = ("wgmma", "_get_shared_memory", "_remove_noop_transforms", "HostAllocationKey")
+        missing = [name for name in needed if not hasattr(gpu_callbacks, name)]
+    except ImportError as error:
+        missing = [str(error)]
+    if missing:
+        pytest.fail(
+            f"jax {jax.__version__}: its GPU interpreter has no {missing} (internals, as of "
+            "0.12.0): adapt this fixture, or drop it if the interpreter now takes registers"
+        )
     in_shared_memory = gpu_callbacks.wgmma
 
     def wgmma(*, a_allocation_key_as_array, **call):
@@ -219,9 +231,7 @@ def test_keys_seen_are_those_of_the_rule(row):
     assert np.array_equal(seen, allowed(layout, layout).any(1))
 
 
-@pytest.mark.parametrize(
-    "documents, most", [("none", 1.10), (2048, 1.25), (1024, 1.40), (512, 1.70)]
-)
+@pytest.mark.parametrize("documents, most", TARGETS.items())
 @pytest.mark.parametrize("shape", ["mini", "flash"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_work_is_in_proportion_to_what_is_allowed(implementation, shape, documents, most):
@@ -232,7 +242,7 @@ def test_work_is_in_proportion_to_what_is_allowed(implementation, shape, documen
     )
     layout = packed_layout(np.random.default_rng(0), 8, 4096, documents, block_size=32)
     intervals = key_intervals(layout)
-    ideal = float(intervals.count().sum())
+    ideal = intervals.pairs()
     for pairs in computed_pairs(intervals, 8192, default_tiles(implementation, q, k)):
         assert 1.0 <= pairs / ideal <= most
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import aot
@@ -20,21 +19,9 @@ from pallas_kernels.block_attention.tpu.launch import make_strip
 from pallas_kernels.block_attention.tpu.schedule import tile_bounds
 from pallas_kernels.block_layout import both_halves, key_intervals
 from pallas_kernels.shapes import ATTENTION, AttentionShape
+from tests.jaxprs import equations_of
 
 POSITIONS = 2 * 65536
-
-
-def equations_of(jaxpr: Jaxpr):
-    """Every equation of a function, and of the functions that it calls."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(inner):
-                yield from equations_of(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
-
-
-def is_jaxpr(x):
-    return isinstance(x, ClosedJaxpr | Jaxpr)
 
 
 def tpu_strip(intervals):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.bench.pairs import TARGETS
 from pallas_kernels.block_attention.tpu import Tiles, attend_tpu, computed_pairs
 from pallas_kernels.block_attention.tpu.launch import make_strip
 from pallas_kernels.block_attention.tpu.memory import BACKWARD, FORWARD, SCALAR_MEMORY
@@ -155,13 +156,11 @@ def test_visits_are_the_tiles_with_work(work):
 
 
 @pytest.mark.parametrize("anchor", ["document", "row"])
-@pytest.mark.parametrize(
-    ("documents", "most"), [("none", 1.10), (2048, 1.25), (1024, 1.40), (512, 1.70)]
-)
+@pytest.mark.parametrize(("documents", "most"), TARGETS.items())
 def test_computed_pairs_stay_near_the_ideal(documents, most, anchor):
     layout = rows(documents, length=4096, count=32, anchor=anchor)
     intervals = key_intervals(layout)
-    ideal = int(intervals.count().sum())
+    ideal = intervals.pairs()
     for pairs in computed_pairs(intervals, 8192):
         assert 1 <= pairs / ideal <= most
 

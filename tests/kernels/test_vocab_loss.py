@@ -200,12 +200,13 @@ def test_bf16_inputs_are_summed_in_fp32():
         assert np.linalg.norm(a - b) < 4e-3 * np.linalg.norm(b)
 
 
-def test_memory_does_not_grow_with_tokens():
+@pytest.mark.parametrize("chunk, tokens", [(32, 512), (None, 8192)])
+def test_memory_does_not_grow_with_tokens(chunk, tokens):
     """Temporaries of loss and gradients: a chunk's, and a few bytes of bookkeeping a token."""
 
     def temporaries(tokens):
         def loss(hidden, head, targets, weights):
-            return vocab_loss(hidden, head, targets, weights, chunk=32)[0]
+            return vocab_loss(hidden, head, targets, weights, chunk=chunk)[0]
 
         compiled = (
             jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
@@ -214,8 +215,8 @@ def test_memory_does_not_grow_with_tokens():
         )
         return compiled.memory_analysis().temp_size_in_bytes
 
-    few, many = temporaries(512), temporaries(2048)
-    assert many - few < 32 * (2048 - 512) < 4 * VOCAB * (2048 - 512) / 4
+    few, many = temporaries(tokens), temporaries(4 * tokens)
+    assert many - few < 32 * 3 * tokens < 4 * VOCAB * 3 * tokens / 4
 
 
 def test_a_frozen_head_costs_no_gradient():
@@ -231,9 +232,11 @@ def test_a_frozen_head_costs_no_gradient():
 
 
 def test_chunks_fit_their_budget():
-    assert chunk_rows(8192, 157184) == 768
-    assert chunk_rows(4096, 157184) == 512
+    assert chunk_rows(8192, 157184) == chunk_rows(1 << 20, 157184) == 384
+    assert chunk_rows(2048, 157184) == 256
+    assert chunk_rows(1024, 1 << 20) == 128
     assert chunk_rows(4096, 2048) == 512
+    assert chunk_rows(1 << 20, 2048) == 1024
     assert chunk_rows(40, 2048) == 40
 
 

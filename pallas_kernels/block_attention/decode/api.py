@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_attention.api import TOY_KEYS
+from pallas_kernels.block_attention.constants import LOG2_E
 from pallas_kernels.block_attention.decode.cache import Cache, ContiguousCache, PagedCache
-from pallas_kernels.block_attention.decode.online_softmax import LOG2_E
 from pallas_kernels.block_attention.decode.reference import decode_reference
 from pallas_kernels.block_attention.decode.selection import KERNELS, select
 from pallas_kernels.block_attention.decode.xla import decode_xla
@@ -82,7 +82,7 @@ def decode_attention(
         raise ValueError(f"decode backend {backend!r}: choose one of {DECODE_BACKENDS}")
     _check(q, k, cache)
     if backend == "auto":
-        backend = select(decode_attention, q, k, cache)
+        backend = select(decode_attention, q, k, v, own, cache)
     if backend == "reference" and cache.capacity > TOY_KEYS:
         raise ValueError(
             f"decode backend 'reference' holds all scores at once: a cache of {cache.capacity}, at "

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-LOG2_E = math.log2(math.e)
-_MASKED = -1e30
-_FLOOR = 0.5 * _MASKED  # above every masked score: before the first key, exp2(masked - peak) is 0
+from pallas_kernels.block_attention.constants import MASKED
+
+_FLOOR = 0.5 * MASKED  # above every masked score: before the first key, exp2(masked - peak) is 0
 
 
 class Partial(NamedTuple):
@@ -50,7 +49,7 @@ def attend(
       k: may be anything where it is not seen. v: finite, also where it is not seen.
     """
     score = _matmul(q, k.astype(q.dtype), contract=-1)
-    score = jnp.where(seen, score, _MASKED)
+    score = jnp.where(seen, score, MASKED)
     peak = jnp.maximum(state.peak, jnp.max(score, axis=-1, keepdims=True))
     weight = jnp.exp2(score - peak)
     kept = jnp.exp2(state.peak - peak)

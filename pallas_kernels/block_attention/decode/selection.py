@@ -1,10 +1,8 @@
-"""Which decode backend "auto" is: the platform's kernel, if it proves itself on the device."""
+"""The proof that "auto" asks of a decode kernel."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
-import logging
 from collections.abc import Callable
 
 import jax
@@ -12,67 +10,51 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_attention.decode.cache import Cache, ContiguousCache, PagedCache
-from pallas_kernels.block_attention.selection import TOLERANCE
-from pallas_kernels.block_layout import CLEAN, NOISY, concatenate, half_layout
-
-logger = logging.getLogger(__name__)
+from pallas_kernels.block_attention.selection import difference, first_proven
+from pallas_kernels.block_layout import CLEAN, NOISY, BlockLayout, concatenate, half_layout
 
 KERNELS = ("tpu", "gpu")
 """Backends that are kernels; each is named after its platform."""
 
+PREFERENCES = {platform: (platform,) for platform in KERNELS}
+
 _PAGE = 64  # positions a page of the check's paged cache
 
 
-def select(attend: Callable[..., jax.Array], q, k, cache: Cache) -> str:
-    """The backend for arrays like these (only shapes and dtypes are read) on the default device.
-
-    The platform's kernel is compiled, run and compared with the oracle, once per process, kind of
-    cache and shape of heads; also while something else is being traced.
+def select(attend: Callable[..., jax.Array], q, k, v, own: BlockLayout, cache: Cache) -> str:
+    """The backend for arrays like these (only shapes and dtypes are read), proven once for each.
 
     Args:
       attend: called as (q, k, v, own, cache, backend=candidate).
     """
-    group, paged = q.shape[2] // k.shape[2], isinstance(cache, PagedCache)
-    return _select(attend, jax.local_devices()[0], group, q.shape[3], jnp.dtype(q.dtype), paged)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, k, v, own, cache))
+
+    def prove(backend: str, device) -> str | None:
+        return self_check(attend, backend, device, *like)
+
+    shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(like))
+    where = f"{type(cache).__name__}, spans {own.spans}, {shapes}"
+    return first_proven("decode backend", PREFERENCES, prove, where)
 
 
-@functools.cache
-def _select(attend, device, group: int, head_dim: int, dtype, paged: bool) -> str:
-    kind = "paged" if paged else "contiguous"
-    where = f"{device.device_kind} ({kind}, {group} query heads a key head, {head_dim}, {dtype})"
-    if device.platform in KERNELS:
-        # A thread of its own, because a function may be under trace in this one.
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            fault = thread.submit(
-                self_check, attend, device.platform, device, group, head_dim, dtype, paged
-            ).result()
-        if fault is None:
-            logger.info("decode: %r on %s, proven against the oracle", device.platform, where)
-            return device.platform
-        logger.warning("decode: %r is not used on %s: %s", device.platform, where, fault)
-    logger.info("decode: 'xla' on %s", where)
-    return "xla"
+def self_check(attend, backend: str, device, q, k, v, own, cache: Cache) -> str | None:
+    """What is wrong with a backend on the device, or None.
 
-
-def self_check(
-    attend, backend: str, device, group: int, head_dim: int, dtype, paged: bool
-) -> str | None:
-    """What is wrong with a backend on the device, or None."""
-    arguments = jax.device_put(sample(group, head_dim, dtype, paged), device)
+    It is compiled for arrays like these, and run on a small cache with their heads: the loop over
+    a longer one is the same. Raises what compiling or running raises.
+    """
+    paged = isinstance(cache, PagedCache)
+    arguments = sample(q.shape[2] // k.shape[2], q.shape[3], q.dtype, paged)
 
     def run(backend):
-        return jax.jit(functools.partial(attend, backend=backend))(*arguments)
+        return [jax.jit(functools.partial(attend, backend=backend))(*arguments)]
 
-    try:
-        actual = np.asarray(run(backend), np.float32)
-    except Exception as error:  # whatever a compiler or a driver throws at a kernel
-        return f"{type(error).__name__}: {error}"
-    with jax.default_matmul_precision("highest"):
-        expected = np.asarray(run("reference"), np.float32)
-    error = np.abs(actual - expected).max() / max(1.0, np.abs(expected).max())
-    if not error <= TOLERANCE:  # so that NaN fails
-        return f"the output is off by {error:.2g} of its largest value, {TOLERANCE} allowed"
-    return None
+    with jax.default_device(device):
+        jax.jit(functools.partial(attend, backend=backend)).lower(q, k, v, own, cache).compile()
+        arguments = jax.device_put(arguments, device)
+        actual = run(backend)
+        with jax.default_matmul_precision("highest"):
+            return difference(["output"], actual, run("reference"))
 
 
 def sample(group: int, head_dim: int, dtype, paged: bool):

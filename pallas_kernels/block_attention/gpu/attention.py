@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.block_attention.gpu import mosaic, schedule, triton
 from pallas_kernels.block_attention.gpu.schedule import Tiles
+from pallas_kernels.block_attention.residuals import named
 from pallas_kernels.block_layout import KeyIntervals
 
 Implementation = Literal["mosaic", "triton"]
@@ -65,7 +66,10 @@ def attend_gpu(
         raise ValueError(f"implementation {name!r}: choose one of {sorted(IMPLEMENTATIONS)}")
     kernels = IMPLEMENTATIONS[name]
     plan = _Plan(kernels, tiles or kernels.default_tiles(q, k), interpret)
-    if reason := kernels.unsupported(q, k, plan.tiles):
+    reason = kernels.unsupported(q, k, plan.tiles)
+    if name == "mosaic" and _gpus() and not interpret:  # without one, it is lowered for one
+        reason = _not_hopper(_compute_capability()) or reason
+    if reason:
         raise NotImplementedError(f"implementation {name!r}: {reason}")
     return _padded(q, k, v, intervals, plan)
 
@@ -108,17 +112,25 @@ def choose(q, k) -> Implementation:
             f"compute capability {capability[0]}.{capability[1]}: the GPU kernels need 8.0 (Ampere)"
             " or later; use the 'xla' backend"
         )
-    reason = mosaic.unsupported(q, k, mosaic.default_tiles(q, k))
-    if capability[0] != 9:
-        reason = f"compute capability {capability[0]}.{capability[1]} is not Hopper's 9.0"
+    reason = _not_hopper(capability) or mosaic.unsupported(q, k, mosaic.default_tiles(q, k))
     if reason is None:
         return "mosaic"
     _warn_once(f"block attention runs on Triton, not on Mosaic GPU, which is faster: {reason}")
     return "triton"
 
 
+def _not_hopper(capability: tuple[int, int]) -> str | None:
+    if capability[0] == 9:
+        return None
+    return f"compute capability {capability[0]}.{capability[1]} is not Hopper's 9.0"
+
+
+def _gpus() -> list:
+    return [d for d in jax.local_devices() if d.platform == "gpu"]
+
+
 def _compute_capability() -> tuple[int, int]:
-    devices = [d for d in jax.local_devices() if d.platform == "gpu"]
+    devices = _gpus()
     capability = getattr(devices[0], "compute_capability", "") if devices else ""
     if "." not in capability:
         raise NotImplementedError(
@@ -187,8 +199,8 @@ def _attend(q, k, v, starts, ends, plan):
 def _forward(q, k, v, starts, ends, plan):
     tile = plan.tiles.forward
     ranges = schedule.key_ranges(starts, ends, *tile)
-    out, lse = plan.kernels.forward(
-        q, k, v, starts, ends, ranges, tile=tile, interpret=plan.interpret
+    out, lse = named(
+        *plan.kernels.forward(q, k, v, starts, ends, ranges, tile=tile, interpret=plan.interpret)
     )
     return out, (q, k, v, starts, ends, out, lse)
 

@@ -11,14 +11,13 @@ the ranges of `schedule`, in the backward pass as in the forward pass.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.block_attention.constants import LOG2_E, MASKED
 from pallas_kernels.block_attention.gpu import schedule
 from pallas_kernels.block_attention.gpu.schedule import Tiles
 
@@ -28,8 +27,6 @@ COPY_REGISTERS = 40  # leaves the computing warpgroups 232 a thread
 STAGES = 2
 PROGRAMS = 4 * 128  # for each multiprocessor (132) several, of which half are long
 
-NEVER = -1e30  # finite, so that a row without keys has no NaN on the way to its zeros
-LOG2_E = math.log2(math.e)
 
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # a value for each row of a tile
@@ -83,7 +80,7 @@ def forward(q, k, v, starts, ends, ranges, *, tile, interpret):
         def compute(pipeline):
             plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, loaded)
             total = _filled(0.0, (ROWS,), ROW)
-            top = _filled(NEVER, (ROWS,), ROW)
+            top = _filled(MASKED, (ROWS,), ROW)
             out = _filled(0.0, (ROWS, head_dim), TILE)
             plgpu.barrier_wait(loaded)
             pl.when(wg == 1)(take_turns)

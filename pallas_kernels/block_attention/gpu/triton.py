@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.block_attention.constants import LOG2_E, MASKED
 from pallas_kernels.block_attention.gpu import schedule
 from pallas_kernels.block_attention.gpu.schedule import Tiles
-
-NEVER = -1e30  # finite, so that a row without keys has no NaN on the way to its zeros
-LOG2_E = math.log2(math.e)
 
 
 def unsupported(q, k, tiles: Tiles) -> str | None:
@@ -153,7 +150,7 @@ def _forward_kernel(
         return total * decay + weight.sum(axis=1), new_top, out
 
     rows = (q.shape[0],)
-    carry = jnp.zeros(rows), jnp.full(rows, NEVER), jnp.zeros(q.shape, jnp.float32)
+    carry = jnp.zeros(rows), jnp.full(rows, MASKED), jnp.zeros(q.shape, jnp.float32)
     total, top, out = _sweep(ranges_ref, visit, carry)
     total = jnp.where(total > 0, total, 1.0)  # a row without keys
     o_ref[position, head, :] = (out / total[:, None]).astype(o_ref.dtype)

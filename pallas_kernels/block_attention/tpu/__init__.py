@@ -10,13 +10,14 @@ output and gradients in place.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.block_attention.constants import LOG2_E
+from pallas_kernels.block_attention.residuals import named
 from pallas_kernels.block_attention.tpu.backward import backward
 from pallas_kernels.block_attention.tpu.forward import forward
 from pallas_kernels.block_attention.tpu.launch import make_strip
@@ -69,7 +70,7 @@ def computed_pairs(
 ) -> tuple[int, int]:
     """Query-key pairs in the kernels' schedules, (forward, backward), per query head.
 
-    Summed over the batch, masked and padded pairs included; `intervals.count().sum()` is the ideal.
+    Summed over the batch, masked and padded pairs included; `intervals.pairs()` is the ideal.
     keys: length of the key axis. group (query heads a kv head), head_dim, dtype: decide, with the
     chip's VMEM, where a long row is cut into strips.
     """
@@ -103,7 +104,7 @@ def _attend(q, k, v, intervals, tiles, interpret):
 def _attend_forward(q, k, v, intervals, tiles, interpret):
     kv_heads, head_dim = k.shape[2:]
     seen = intervals.count() > 0
-    scale = head_dim**-0.5 * math.log2(math.e)
+    scale = head_dim**-0.5 * LOG2_E
     stacked = _stack((q.astype(jnp.float32) * scale).astype(q.dtype), seen, kv_heads, tiles)
     length, count = _strips(FORWARD, k.shape[1], stacked, tiles)
     k, v = (_resident(x, seen, length * count) for x in (k, v))
@@ -117,7 +118,7 @@ def _attend_forward(q, k, v, intervals, tiles, interpret):
     if count > 1:
         carry = lax.fori_loop(1, count, strip, carry)
     output, lse = carry
-    output = _unstack(output, q.shape).astype(q.dtype)
+    output, lse = named(_unstack(output, q.shape).astype(q.dtype), lse)
     return output, (stacked, k, v, intervals, output, lse)
 
 
@@ -143,7 +144,7 @@ def _attend_backward(tiles, interpret, residuals, d_output):
         grads = jax.tree.map(_join, grads, more)
     d_q = _unstack(carry[0], output.shape).astype(q.dtype)
     d_k, d_v = (x[:, :, : output.shape[1]].swapaxes(1, 2) for x in grads)
-    return d_q, (d_k * math.log(2)).astype(k.dtype), d_v.astype(v.dtype), None
+    return d_q, (d_k / LOG2_E).astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_attention.tpu.launch import MASKED, NT, TN, Strip, dot, hide, launch
+from pallas_kernels.block_attention.constants import MASKED
+from pallas_kernels.block_attention.tpu.launch import NT, TN, Strip, dot, hide, launch
 from pallas_kernels.block_attention.tpu.memory import FORWARD
 from pallas_kernels.block_attention.tpu.schedule import ALIGNMENT, Tiles, visit_windows
 

@@ -15,16 +15,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from pallas_kernels.block_attention.constants import MASKED
 from pallas_kernels.block_attention.tpu.memory import Pass, check_scalars
 from pallas_kernels.block_attention.tpu.schedule import (
-    Bounds,
+    TileBounds,
     Tiles,
     clip_to_strip,
     tile_runs,
     tiles_to_visit,
 )
-
-MASKED = -1e30  # a hidden score: finite, so that no difference of two is NaN
 
 # Contracting dimensions of a dot: N takes a matrix as it is, T its transpose.
 NN = ((1,), (0,))
@@ -63,7 +62,7 @@ class Strip:
     order: Int[Array, "batch tiles"]
     counts: Int[Array, " batch"]
     runs: Int[Array, "batch tiles runs fields"]
-    bounds: Bounds
+    bounds: TileBounds
     tiles: Tiles
     interpret: bool
 
@@ -77,7 +76,7 @@ class Strip:
         return isinstance(self.index, int)
 
 
-def make_strip(index, length, count, bounds: Bounds, tiles: Tiles, interpret: bool) -> Strip:
+def make_strip(index, length, count, bounds: TileBounds, tiles: Tiles, interpret: bool) -> Strip:
     """Strip number `index` (0, or traced) of `count`."""
     tiles = dataclasses.replace(tiles, wide=min(tiles.wide, length))
     bounds = clip_to_strip(bounds, index * length, length)

@@ -30,7 +30,7 @@ RUNS = 2  # key intervals of a query
 FIELDS = 4  # integers that describe a run: first, head, wides, windows
 ALIGNMENT = 16  # windows begin on multiples of a bf16 sublane tile
 
-Bounds = Int[Array, "batch tiles runs 2 tile_queries"]
+TileBounds = Int[Array, "batch tiles runs 2 tile_queries"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Tiles:
             raise ValueError(f"Tiles.wide={self.wide}: a positive multiple of keys={self.keys}")
 
 
-def tile_bounds(intervals: KeyIntervals, tiles: Tiles) -> Bounds:
-    """Bounds [start, end) of both runs of every query, by tile. Queries added to fill the last
+def tile_bounds(intervals: KeyIntervals, tiles: Tiles) -> TileBounds:
+    """TileBounds [start, end) of both runs of every query, by tile. Queries added to fill the last
     tile have no keys.
 
     Two intervals that touch become one, so that no tile visits a window once for each.
@@ -79,7 +79,7 @@ def tile_bounds(intervals: KeyIntervals, tiles: Tiles) -> Bounds:
     return bounds.transpose(0, 3, 1, 2, 4)
 
 
-def tile_runs(bounds: Bounds, keys: int, tiles: Tiles) -> Int[Array, "batch tiles runs fields"]:
+def tile_runs(bounds: TileBounds, keys: int, tiles: Tiles) -> Int[Array, "batch tiles runs fields"]:
     """The windows of every tile and run; `keys`, the keys present, is a multiple of tiles.keys.
 
     first: where the first window begins, a multiple of ALIGNMENT. head: masked windows before the
@@ -97,8 +97,8 @@ def tile_runs(bounds: Bounds, keys: int, tiles: Tiles) -> Int[Array, "batch tile
     return jnp.stack([first, head, wides, windows], axis=-1)
 
 
-def clip_to_strip(bounds: Bounds, begin: int | Array, length: int) -> Bounds:
-    """Bounds relative to the strip of keys [begin, begin + length)."""
+def clip_to_strip(bounds: TileBounds, begin: int | Array, length: int) -> TileBounds:
+    """TileBounds relative to the strip of keys [begin, begin + length)."""
     return jnp.clip(bounds - begin, 0, length)
 
 
