@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -16,30 +17,40 @@ def to_batch(fields: dict[str, np.ndarray]) -> Batch:
     return Batch(**fields)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Some rows of each step, one step's after the other's."""
+
+    rows: Rows
+    rows_per_step: int
+    share: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.rows_per_step * len(self.share)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, place = divmod(int(index), len(self.share))
+        return self.rows[step * self.rows_per_step + self.share[place]]
+
+
 def batches(
     rows: Rows,
     *,
     rows_per_step: int,
     first_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Sequence[int] | None = None,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """This process's part of the batches from step `first_step` on; fetched ahead in threads.
+    """Batches from step `first_step` on; fetched ahead in threads.
 
-    Step s is rows [s · rows_per_step, (s + 1) · rows_per_step), of which each process has an equal
-    stretch: no iterator state has to be kept, and the number of processes may change.
-
-    Raises: ValueError if the rows of a step do not divide among the processes.
+    Step s is rows [s · rows_per_step, (s + 1) · rows_per_step). share: which of them this process
+    reads, from 0 (`sharding.local_rows`); default all. No iterator state has to be kept, and the
+    number of processes may change.
     """
-    if rows_per_step % process_count:
-        raise ValueError(
-            f"data.rows_per_step={rows_per_step} does not divide among {process_count} processes"
-        )
-    dataset = grain.MapDataset.source(rows)
-    dataset = dataset.slice(slice(first_step * rows_per_step, None))
-    dataset = dataset.batch(rows_per_step // process_count, drop_remainder=True)
-    dataset = dataset.slice(slice(process_index, None, process_count))
+    share = range(rows_per_step) if share is None else share
+    dataset = grain.MapDataset.source(_Share(rows, rows_per_step, tuple(map(int, share))))
+    dataset = dataset.slice(slice(first_step * len(share), None))
+    dataset = dataset.batch(len(share), drop_remainder=True)
     options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=2 * prefetch)
     for fields in dataset.to_iter_dataset(options):
         yield to_batch(fields)

@@ -504,10 +504,8 @@ def test_any_number_of_processes_goes_on_with_the_same_documents(packing, source
     def read_by(processes, first, stop):
         rows = load_corpus(cfg, TOKENIZER, SPECIAL).training_rows(cfg, 8 * 40, 7)
         parts = [
-            batches(
-                rows, rows_per_step=8, first_step=first, process_index=p, process_count=processes
-            )
-            for p in range(processes)
+            batches(rows, rows_per_step=8, first_step=first, share=share)
+            for share in np.split(np.arange(8), processes)
         ]
         for _ in range(first, stop):
             yield np.concatenate([next(p).tokens for p in parts])

@@ -161,9 +161,8 @@ def test_no_document_is_lost_or_repeated_when_processes_change(lives):
     rows = PackedRows(documents, 8, 4 * steps, 0, None)
 
     def seen(first: int, count: int, process: int, processes: int) -> list[tuple[int, int, int]]:
-        source = batches(
-            rows, rows_per_step=4, first_step=first, process_index=process, process_count=processes
-        )
+        share = np.split(np.arange(4), processes)[process]
+        source = batches(rows, rows_per_step=4, first_step=first, share=share)
         taken = [next(source) for _ in range(count)]
         fields = ("document_ids", "document_positions", "visits")
         return list(zip(*(np.ravel([getattr(b, f) for b in taken]) for f in fields), strict=True))
