@@ -54,7 +54,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def _check(manifest: dict[str, Any]) -> None:
     """Raises KeyError or TypeError for what a reader would stumble over."""
     for value in (manifest["token_bytes"], manifest["chunk_tokens"]):
-        if type(value) is not int or value <= 0:
+        if type(value) is not int or not 0 < value < 2**31:
             raise TypeError(f"{value!r} is no size")
     if manifest["token_bytes"] not in (2, 4):
         raise TypeError(f"tokens of {manifest['token_bytes']} bytes")

@@ -248,6 +248,17 @@ def test_any_change_of_a_manifest_is_read_or_refused(prepared, data):
         path.write_text(good)
 
 
+def test_sizes_that_no_array_can_count_with(prepared):
+    path = prepared / MANIFEST
+    good = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(good) | {"chunk_tokens": 2**70}))
+        with pytest.raises(PreparedError, match="is damaged: .* is no size"):
+            PreparedDocuments(prepared, "train")
+    finally:
+        path.write_text(good)
+
+
 @given(st.binary(max_size=300))
 @fuzz
 def test_any_bytes_for_a_manifest(prepared, data):
