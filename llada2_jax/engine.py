@@ -53,8 +53,8 @@ class Completion:
 
     text: the completion without special tokens; None if the model has no tokenizer. tokens: its
     ids, up to and including the EOS. finish_reason: "eos" or "length". The counts are Generation's
-    for this row. seconds, compile_seconds: this row's share of its batch's time, so that sums over
-    completions are the time it took.
+    for this row; edits: tokens replaced after they were accepted. seconds, compile_seconds: this
+    row's share of its batch's time, so that sums over completions are the time it took.
     """
 
     text: str | None
@@ -65,6 +65,7 @@ class Completion:
     commit_forwards: int
     commits: int
     accepted: int
+    edits: int
     seconds: float
     compile_seconds: float
     trajectory: Trajectory | None = None
@@ -236,6 +237,7 @@ class Engine:
             commit_forwards=int(g.commit_forwards[row]),
             commits=int(g.commits[row]),
             accepted=int(g.accepted[row]),
+            edits=int(g.edits[row].sum()),
             seconds=g.seconds / rows,
             compile_seconds=g.compile_seconds / rows,
             trajectory=record if trajectory else None,

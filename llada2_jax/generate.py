@@ -43,6 +43,8 @@ _OPTIONS = {
     "top-p": (float, "sample among the most probable that make up p; 1 is off (1)"),
     "min-p": (float, "drop what has less than this times the highest probability; 0 is off (0)"),
     "seed": (int, "the same seed gives the same text (0)"),
+    "edit-threshold": (float, "replace a generated token by one more probable than this (never)"),
+    "edit-budget": (int, "forwards a block may take for edits after its last mask (16)"),
 }
 _SWITCHES = {
     "stop-on-eos": "end a completion with its first EOS (on)",
@@ -172,6 +174,7 @@ def _record(c: Completion) -> dict[str, Any]:
         "finish_reason": c.finish_reason,
         "prompt_tokens": len(c.prompt_tokens),
         "accepted": c.accepted,
+        "edits": c.edits,
         "denoise_forwards": c.denoise_forwards,
         "commit_forwards": c.commit_forwards,
         "tokens_per_forward": round(c.tokens_per_forward, 4),

@@ -73,11 +73,47 @@ class Threshold:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Editing:
+    """Replace what was generated where the model now is sure of something else (arXiv 2602.08676).
+
+    threshold: fp32 scalar; the other token's probability must be strictly greater; inf: never.
+    budget: int32 scalar; forwards that a block without masks may still take. It ends before that
+      with the first one that replaces nothing.
+    """
+
+    threshold: Float[Array, ""]
+    budget: Int[Array, ""]
+
+    def replace(
+        self,
+        tokens: Int[Array, "B block"],
+        editable: Bool[Array, "B block"],
+        best: Int[Array, "B block"],
+        probability: Float[Array, "B block"],
+    ) -> Bool[Array, "B block"]:
+        """The positions whose token the most probable one replaces; a subset of `editable`."""
+        return editable & (best != tokens) & (probability > self.threshold)
+
+    def settled(
+        self, replaced: Bool[Array, "B block"], forwards: Int[Array, " B"]
+    ) -> Bool[Array, " B"]:
+        """Whether a block without masks is left as it is.
+
+        Args:
+          replaced: by this forward. forwards: taken since the block had no mask, this one included.
+        """
+        unchanged = (forwards > 0) & ~replaced.any(-1)
+        return unchanged | (forwards >= self.budget)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class StopOnEos:
     """When a generated end-of-text ends its row.
 
     eos: int32 scalar, the id; -1 never stops. early: bool scalar. False: with the block in which
-    the EOS stands. True: as soon as no mask is left before the EOS, even inside the block.
+    the EOS stands. True: as soon as no mask is left before the EOS, even inside the block, and
+    without editing it further.
     """
 
     eos: Int[Array, ""]
@@ -88,17 +124,18 @@ class StopOnEos:
         tokens: Int[Array, "B block"],
         known: Bool[Array, "B block"],
         generated: Bool[Array, "B block"],
+        finished: Bool[Array, " B"],
     ) -> Bool[Array, " B"]:
         """Whether the row ends after this step.
 
         Args:
           tokens: ids of the current block. known: prompt or accepted. generated: not prompt; an
-            EOS inside the prompt stops nothing.
+            EOS inside the prompt stops nothing. finished: the block is left as it is.
         """
         nothing_open = jnp.cumsum(~known, axis=-1) == 0
         found = known & generated & (tokens == self.eos)
         early = (found & nothing_open).any(-1)
-        return jnp.where(self.early, early, found.any(-1) & known.all(-1))
+        return jnp.where(self.early, early, found.any(-1) & finished)
 
 
 def even_schedule(block_size: int, steps: int) -> np.ndarray:
@@ -123,6 +160,9 @@ class SamplerOptions:
     steps: a block is done after at most so many forwards (None: block_size).
     temperature: 0 takes the argmax. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
     seed: of the draws; in [0, 2**32).
+    edit_threshold: replace a generated token of the current block when the model gives another one
+      a probability above this (LLaDA2.1; for models trained with noise.edit_rate). None: never.
+    edit_budget: forwards that a block may take for edits after its last mask.
     stop_on_eos: end a row with its first EOS. early_stop: inside the block, see `StopOnEos`.
     fuse_commit: commit block b in the first denoising forward of block b + 1, two blocks wide,
       instead of in a forward of its own. Measured on 2 CPU cores, a little faster for one row and
@@ -143,6 +183,8 @@ class SamplerOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    edit_threshold: float | None = None
+    edit_budget: int = 16
     stop_on_eos: bool = True
     early_stop: bool = False
     fuse_commit: bool = False
@@ -150,6 +192,7 @@ class SamplerOptions:
 
     def __post_init__(self):
         steps = self.block_size if self.steps is None else self.steps
+        edit = 0.0 if self.edit_threshold is None else self.edit_threshold
         for name, value, good, rule in (
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
             ("block_size", self.block_size, self.block_size >= 1, "at least 1"),
@@ -160,14 +203,26 @@ class SamplerOptions:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]; 1 is off"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]; 0 is off"),
             ("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)"),
+            ("edit_threshold", edit, 0 <= edit <= 1, "in [0, 1], or None to edit nothing"),
+            ("edit_budget", self.edit_budget, self.edit_budget >= 0, "0 or more"),
         ):
             if not good:
                 raise RequestError(f"{name}={value}: must be {rule}")
+        if self.edit_threshold is None and self.edit_budget != SamplerOptions.edit_budget:
+            raise RequestError(
+                f"edit_budget={self.edit_budget}: nothing is edited without an edit_threshold"
+            )
 
     def acceptance(self) -> Threshold:
         """The acceptance rule that these options describe."""
         schedule = even_schedule(self.block_size, self.steps or self.block_size)
         return Threshold(_f32(self.threshold), jnp.asarray(schedule))
+
+    def editing(self) -> Editing:
+        """The rule for edits that these options describe."""
+        if self.edit_threshold is None:
+            return Editing(_f32(np.inf), jnp.asarray(np.int32(0)))
+        return Editing(_f32(self.edit_threshold), jnp.asarray(np.int32(self.edit_budget)))
 
     def stop_rule(self, special: SpecialTokens) -> StopOnEos:
         """The stop rule that these options describe."""
@@ -208,10 +263,13 @@ class Generation:
     tokens: generated ids, up to and including the first EOS (unless stop_on_eos is off); a
       streamed generation that is under way has those of the finished blocks.
     accepted_at: int32 [B, max_new_tokens], the row's denoising forward, counted from 0, in which
-      the position was accepted; -1: it was not. confidence: fp32, likewise, 0 where it was not.
-    denoise_forwards: forwards with the row's block masked. commits: blocks committed to the
-      cache. commit_forwards: forwards spent on nothing else (0 when commits are fused; without a
-      cache nothing is committed). accepted: positions accepted, those after a cut included.
+      the position was accepted; -1: it was not. confidence: fp32, likewise, 0 where it was not;
+      of an edited position, that of the token it has now. edits: int32 [B, max_new_tokens], how
+      often its token was replaced.
+    denoise_forwards: forwards of the row's block until it is left as it is. commits: blocks
+      committed to the cache. commit_forwards: forwards spent on nothing else (0 when commits are
+      fused; without a cache nothing is committed). accepted: positions accepted, those after a cut
+      included.
     ended_by_eos: whether the row's output ends with an EOS that stopped it. done: row is finished.
     compile_seconds: building the program; 0 if it was there. seconds: everything after that.
     """
@@ -219,6 +277,7 @@ class Generation:
     tokens: list[list[int]]
     accepted_at: np.ndarray
     confidence: np.ndarray
+    edits: np.ndarray
     denoise_forwards: np.ndarray
     commit_forwards: np.ndarray
     commits: np.ndarray
@@ -263,6 +322,7 @@ class _Request:
     last_block: Int[Array, " B"]
     row_id: Int[Array, " B"]
     acceptance: Threshold
+    editing: Editing
     stop: StopOnEos
     mask: Int[Array, ""]
     temperature: Float[Array, ""]
@@ -278,20 +338,23 @@ class Carry:
     """What the loop carries. S: capacity, a multiple of the block size.
 
     tokens: ids, the mask's wherever `known` is False. known: prompt or accepted; the loop never
-    asks an id whether it is a mask, so a prompt may contain one. accepted_at, confidence: see
-    Generation. cache: keys and values of committed tokens (and of nothing else that anyone
+    asks an id whether it is a mask, so a prompt may contain one. accepted_at, confidence, edits:
+    see Generation. cache: keys and values of committed tokens (and of nothing else that anyone
     sees). block: the block that the row denoises. committed: blocks in the cache; it lags behind
-    `block` by one while a finished block waits. step: denoising steps of the current block.
+    `block` by one while a finished block waits. step: denoising steps of the current block;
+    settling: those of them that found no mask.
     """
 
     tokens: Int[Array, "B S"]
     known: Bool[Array, "B S"]
     accepted_at: Int[Array, "B S"]
     confidence: Float[Array, "B S"]
+    edits: Int[Array, "B S"]
     cache: KVCache | None
     block: Int[Array, " B"]
     committed: Int[Array, " B"]
     step: Int[Array, " B"]
+    settling: Int[Array, " B"]
     denoise_forwards: Int[Array, " B"]
     commit_forwards: Int[Array, " B"]
     commits: Int[Array, " B"]
@@ -401,6 +464,7 @@ class _Session:
             tokens=[ids for ids, _ in outputs],
             accepted_at=np.stack([c.accepted_at[r, spans[r]] for r in rows]),
             confidence=np.stack([c.confidence[r, spans[r]] for r in rows]),
+            edits=np.stack([c.edits[r, spans[r]] for r in rows]),
             denoise_forwards=c.denoise_forwards,
             commit_forwards=c.commit_forwards,
             commits=c.commits,
@@ -484,6 +548,7 @@ def _start(cfg, prompts, special, options, row_ids) -> tuple[_Plan, _Request, Ca
         last_block=jnp.asarray(last),
         row_id=jnp.asarray(np.array(row_ids, np.int32)),
         acceptance=options.acceptance(),
+        editing=options.editing(),
         stop=options.stop_rule(special),
         mask=jnp.asarray(np.int32(special.mask)),
         temperature=_f32(options.temperature),
@@ -498,10 +563,12 @@ def _start(cfg, prompts, special, options, row_ids) -> tuple[_Plan, _Request, Ca
         known=jnp.asarray(known),
         accepted_at=jnp.asarray(np.full((rows, capacity), -1, np.int32)),
         confidence=jnp.asarray(np.zeros((rows, capacity), np.float32)),
+        edits=jnp.asarray(np.zeros((rows, capacity), np.int32)),
         cache=_empty_cache(cfg, rows, capacity) if options.cache else None,
         block=jnp.array(first),
         committed=jnp.array(zeros),
         step=jnp.array(zeros),
+        settling=jnp.array(zeros),
         denoise_forwards=jnp.array(zeros),
         commit_forwards=jnp.array(zeros),
         commits=jnp.array(zeros),
@@ -650,29 +717,42 @@ def _denoise(
     carry: Carry,
     active: Bool[Array, " B"],
 ) -> Carry:
-    """Chooses tokens for the current block of the active rows and accepts some of them."""
+    """Chooses tokens for the current block of the active rows, accepts some of them and edits some
+    of those accepted before."""
     size = plan.block_size
-    tokens, known = (_cut(x, carry.block, size) for x in (carry.tokens, carry.known))
+    tokens, known, accepted_at, kept, edits = (
+        _cut(x, carry.block, size)
+        for x in (carry.tokens, carry.known, carry.accepted_at, carry.confidence, carry.edits)
+    )
     positions = _block_positions(plan, carry.block)
-    chosen, confidence = _choose(logits, positions, plan, request, carry.step)
-    accepted = request.acceptance.accept(confidence, ~known, carry.step) & active[:, None]
-    tokens = jnp.where(accepted, chosen, tokens)
-    known = known | accepted
-    accepted_at = _cut(carry.accepted_at, carry.block, size)
-    accepted_at = jnp.where(accepted, carry.denoise_forwards[:, None], accepted_at)
-    kept = jnp.where(accepted, confidence, _cut(carry.confidence, carry.block, size))
-    finished = known.all(-1) & active
     generated = positions >= request.prompt_length[:, None]
-    stopped = request.stop.stop(tokens, known, generated) & active
+    choice = _choose(logits, positions, plan, request, carry.step)
+    editable = known & generated & active[:, None]
+    edited = request.editing.replace(tokens, editable, choice.best, choice.probability)
+    accepted = request.acceptance.accept(choice.confidence, ~known, carry.step) & active[:, None]
+    tokens = jnp.where(accepted, choice.tokens, jnp.where(edited, choice.best, tokens))
+    kept = jnp.where(accepted, choice.confidence, jnp.where(edited, choice.probability, kept))
+    settling = carry.settling + (known.all(-1) & active).astype(jnp.int32)
+    known = known | accepted
+    finished = known.all(-1) & active & request.editing.settled(edited, settling)
+    stopped = request.stop.stop(tokens, known, generated, finished) & active
     counted = active.astype(jnp.int32)
+
+    def paste(x, part):
+        return _paste(x, part, carry.block)
+
     return dataclasses.replace(
         carry,
-        tokens=_paste(carry.tokens, tokens, carry.block),
-        known=_paste(carry.known, known, carry.block),
-        accepted_at=_paste(carry.accepted_at, accepted_at, carry.block),
-        confidence=_paste(carry.confidence, kept, carry.block),
+        tokens=paste(carry.tokens, tokens),
+        known=paste(carry.known, known),
+        accepted_at=paste(
+            carry.accepted_at, jnp.where(accepted, carry.denoise_forwards[:, None], accepted_at)
+        ),
+        confidence=paste(carry.confidence, kept),
+        edits=paste(carry.edits, edits + edited.astype(jnp.int32)),
         block=carry.block + finished.astype(jnp.int32),
         step=jnp.where(finished, 0, carry.step + counted),
+        settling=jnp.where(finished, 0, settling),
         denoise_forwards=carry.denoise_forwards + counted,
         done=carry.done | stopped | (finished & (carry.block == request.last_block)),
     )
@@ -681,30 +761,47 @@ def _denoise(
 # --------------------------------------------------------------------------- choosing tokens
 
 
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """tokens: what each position would accept; confidence: the model's probability of it. best:
+    the most probable token; probability: its own. The first two are these, unless one samples."""
+
+    tokens: Int[Array, "B block"]
+    confidence: Float[Array, "B block"]
+    best: Int[Array, "B block"]
+    probability: Float[Array, "B block"]
+
+
 def _choose(
     logits: Float[Array, "B block V"],
     positions: Int[Array, "B block"],
     plan: _Plan,
     request: _Request,
     step: Int[Array, " B"],
-) -> tuple[Int[Array, "B block"], Float[Array, "B block"]]:
-    """A token for every position, and the model's probability of it.
+) -> _Choice:
+    """A token for every position.
 
-    The probability is that of the unfiltered distribution at temperature 1 (the mask excluded)
-    also when sampling, so that the threshold means the same at every temperature: after top_k = 1
+    Probabilities are those of the unfiltered distribution at temperature 1 (the mask excluded)
+    also when sampling, so that thresholds mean the same at every temperature: after top_k = 1
     everything would be certain.
     """
     is_mask = jnp.arange(logits.shape[-1], dtype=jnp.int32) == request.mask
     logits = jnp.where(is_mask, -jnp.inf, logits)
-    if plan.sampled:
-        filtered = filter_logits(
-            logits / request.temperature, request.top_k, request.top_p, request.min_p
-        )
-        chosen = _draw(filtered, positions, request, step)
-    else:
-        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
-    return chosen, jnp.exp(picked - jax.nn.logsumexp(logits, axis=-1))
+    total = jax.nn.logsumexp(logits, axis=-1)
+
+    def probability(tokens):
+        picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return jnp.exp(picked - total)
+
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    chance = probability(best)
+    if not plan.sampled:
+        return _Choice(best, chance, best, chance)
+    filtered = filter_logits(
+        logits / request.temperature, request.top_k, request.top_p, request.min_p
+    )
+    tokens = _draw(filtered, positions, request, step)
+    return _Choice(tokens, probability(tokens), best, chance)
 
 
 def filter_logits(

@@ -78,6 +78,7 @@ def generation(tokens: list[int], done: bool) -> Generation:
         tokens=[tokens],
         accepted_at=record.astype(np.int32),
         confidence=record,
+        edits=record.astype(np.int32),
         denoise_forwards=counts,
         commit_forwards=counts,
         commits=counts,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada2_jax import sampler
-from llada2_jax.model import init_params
+from llada2_jax.model import init_params, merge_params
 from llada2_jax.sampler import (
     RequestError,
     SamplerOptions,
@@ -24,6 +24,7 @@ from llada2_jax.sampler import (
     stream_tokens,
 )
 from llada2_jax.types import ModelConfig, SpecialTokens
+from pallas_kernels.block_layout import CLEAN, half_layout
 
 VOCAB, MASK, EOS, BLOCK = 61, 7, 3, 4
 CFG = ModelConfig(
@@ -61,19 +62,27 @@ def same(a, b, rows=slice(None)) -> None:
     """Outputs, trajectories and counts of denoising forwards are equal."""
     assert a.tokens == b.tokens[rows]
     np.testing.assert_array_equal(a.accepted_at, b.accepted_at[rows])
+    np.testing.assert_array_equal(a.edits, b.edits[rows])
     np.testing.assert_array_equal(a.denoise_forwards, b.denoise_forwards[rows])
     np.testing.assert_allclose(a.confidence, b.confidence[rows], atol=1e-4)
 
 
 ids = st.integers(0, VOCAB - 1)
+# Not empty: in a block of nothing but masks all positions tie, and rounding chooses among them.
 prompts_of_three = st.tuples(
     st.lists(ids, min_size=LONGEST, max_size=LONGEST),
-    st.lists(ids, max_size=LONGEST),
-    st.lists(ids, max_size=LONGEST),
+    st.lists(ids, min_size=1, max_size=LONGEST),
+    st.lists(ids, min_size=1, max_size=LONGEST),
 ).map(list)
 thresholds = st.sampled_from([0.0, 0.2, 0.4, 0.7, 1.0])
 lengths = st.integers(5, 7)  # with LONGEST: always four blocks
-samplings = st.sampled_from([{}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02}])
+samplings = st.sampled_from(
+    [
+        {},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+        {"edit_threshold": 0.1, "edit_budget": 3},
+    ]
+)
 
 
 # ------------------------------------------------------- one result, however it is computed
@@ -252,6 +261,78 @@ def test_one_program_a_shape_bucket(params):
     assert compile_count() == built + 1
 
 
+# ---------------------------------------------------------------------------------- editing
+
+
+@jax.jit
+def block_logits(params, tokens, block):
+    """Logits of one block given the blocks before it, from a forward over all of the row."""
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    blocks = positions // BLOCK
+    layout = half_layout(blocks, (blocks <= block).astype(jnp.int32), CLEAN)
+    model = merge_params(CFG, params)
+    logits = model.logits(model(tokens, positions, layout).hidden)
+    return jax.lax.dynamic_slice_in_dim(logits[0], block * BLOCK, BLOCK)
+
+
+def edited_by_hand(params, prompt, count, threshold, edit_threshold, budget):
+    """Tokens, forwards and replacements, position by position in plain Python."""
+    tokens = [*prompt, *[MASK] * (16 - len(prompt))]
+    masked = [i >= len(prompt) for i in range(16)]
+    forwards, replaced = 0, [0] * 16
+    for block in range(len(prompt) // BLOCK, (len(prompt) + count - 1) // BLOCK + 1):
+        here = range(block * BLOCK, (block + 1) * BLOCK)
+        settling = 0
+        while any(masked[i] for i in here) or settling < budget:
+            settling += not any(masked[i] for i in here)
+            forwards += 1
+            logits = np.array(block_logits(params, jnp.asarray([tokens]), block), np.float64)
+            logits[:, MASK] = -np.inf
+            probability = np.exp(logits - logits.max(-1, keepdims=True))
+            probability /= probability.sum(-1, keepdims=True)
+            best = dict(zip(here, logits.argmax(-1).tolist(), strict=True))
+            sure = dict(zip(here, probability.max(-1).tolist(), strict=True))
+            open_ = [i for i in here if masked[i]]
+            accepted = [i for i in open_ if sure[i] > threshold]
+            accepted = accepted or sorted(open_, key=lambda i: -sure[i])[:1]
+            edited = [
+                i
+                for i in here
+                if not masked[i] and i >= len(prompt)
+                if best[i] != tokens[i] and sure[i] > edit_threshold
+            ]
+            for i in accepted + edited:
+                tokens[i], masked[i] = best[i], False
+                replaced[i] += i in edited
+            if not open_ and not edited:
+                break
+    start = len(prompt)
+    return tokens[start : start + count], forwards, replaced[start : start + count]
+
+
+@pytest.mark.parametrize("edit_threshold", [0.0, 0.15, 0.3])
+@pytest.mark.parametrize("budget", [0, 3])
+def test_editing_by_hand(params, edit_threshold, budget):
+    prompts = [[10, 11, 12, 13, 14, 15, 16, 17, 18], [9, MASK], [30, 31, 32, 33, 34]]
+    options = {"threshold": 0.2, "edit_threshold": edit_threshold, "edit_budget": budget}
+    got = decode(params, prompts, stop_on_eos=False, **options)
+    for row, prompt in enumerate(prompts):
+        tokens, forwards, replaced = edited_by_hand(params, prompt, 6, *options.values())
+        assert got.tokens[row] == tokens
+        assert got.denoise_forwards[row] == forwards
+        assert got.edits[row].tolist() == replaced
+    assert got.edits.any() or edit_threshold == 0.3
+
+
+def test_a_threshold_of_one_edits_nothing_and_looks_once_more(params):
+    prompts = [[10, 11, 12, 13, 14], [9]]
+    plain = decode(params, prompts, stop_on_eos=False)
+    looked = decode(params, prompts, stop_on_eos=False, edit_threshold=1.0)
+    assert looked.tokens == plain.tokens and not looked.edits.any()
+    blocks = np.array([2, 2])  # 5 + 6 and 1 + 6 tokens: one more forward for each block
+    np.testing.assert_array_equal(looked.denoise_forwards - plain.denoise_forwards, blocks)
+
+
 # -------------------------------------------------------------------------------- the rules
 
 
@@ -303,10 +384,13 @@ def test_even_schedule():
 )
 def test_stop_on_eos(tokens, known, late, early):
     generated = jnp.array([[False, True, True, True]])
-    arguments = jnp.array([tokens]), jnp.array([known], bool), generated
+    known = jnp.array([known], bool)
+    arguments = jnp.array([tokens]), known, generated
     for flag, expected in ((False, late), (True, early)):
         rule = StopOnEos(jnp.int32(3), jnp.bool_(flag))
-        assert rule.stop(*arguments).tolist() == [expected]
+        assert rule.stop(*arguments, known.all(-1)).tolist() == [expected]
+        # A block that may still be edited ends nothing, unless stopping is early.
+        assert rule.stop(*arguments, jnp.array([False])).tolist() == [expected and flag]
 
 
 @given(
@@ -358,12 +442,20 @@ def test_buckets_hold_and_waste_less_than_half(count):
         ("top_k", -1),
         ("top_p", 0.0),
         ("min_p", 2.0),
+        ("edit_threshold", 1.5),
+        ("edit_budget", -1),
         ("seed", -1),
     ],
 )
 def test_a_bad_option_is_named(field, value):
     with pytest.raises(RequestError, match=f"{field}={value}: must be"):
         SamplerOptions(**{field: value})
+
+
+def test_a_budget_for_edits_needs_a_threshold():
+    with pytest.raises(RequestError, match="edit_budget=4: nothing is edited without"):
+        SamplerOptions(edit_budget=4)
+    assert SamplerOptions(edit_budget=4, edit_threshold=0.9).edit_budget == 4
 
 
 def test_bad_requests_are_named(params):
