@@ -72,9 +72,13 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig:
     """group: one rate a "block" or a "sequence". draw: "count" or "bernoulli".
-    t_min, t_max: range of the rate, bernoulli only. low_discrepancy: rates spread evenly over the
-    blocks of a document. weight: "elbo" (1/t) or "flat". complementary: each row twice, the second
-    time with the inverse mask. See diffusion.py for what each combination estimates."""
+    t_min, t_max: range of the mask rate, bernoulli only (post-training's bandwidth, §5.1; not
+    published). low_discrepancy: rates spread evenly over the blocks of a document. weight: "elbo"
+    (1/t) or "flat". complementary: each row twice, the second time with the inverse mask.
+    later_turns: within a block, "learn" all assistant turns or "hide" what follows the first.
+    edit_rate: share of the visible supervised tokens replaced by random ids, LLaDA2.1's
+    token-to-token stream (rate not published; 0: off). edit_weight: of that stream's loss.
+    See diffusion.py for what each combination estimates."""
 
     group: str = "block"
     draw: str = "count"
@@ -83,6 +87,20 @@ class NoiseConfig:
     low_discrepancy: bool = True
     weight: str = "elbo"
     complementary: bool = False
+    later_turns: str = "learn"
+    edit_rate: float = 0.0
+    edit_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CapConfig:
+    """Confidence-aware parallel training (§5.2): the loss is that of SFT plus `weight` (λ) times
+    the mean entropy of softmax(logits / temperature) over the supervised masked tokens, counted
+    where the most probable id is the right one. Neither is published: dFactory recommends 2 at
+    temperature 1, dParallel trains with 2 at 0.5."""
+
+    weight: float = 2.0
+    temperature: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +140,17 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """Warmup-Stable-Decay (§4.1) after an optional autoregressive stage. The paper prints the block
-    sizes, not the tokens of each.
+    """Warmup-Stable-Decay (§4.1) after an optional autoregressive stage, then post-training (§5).
+    The paper prints the block sizes, not the tokens of each.
 
     ar_tokens: next-token prediction first. warmup_blocks: growing block sizes, which share
     warmup_tokens evenly; () is the direct switch of objective. stable_tokens: MDLM over whole
     documents, without the clean half. decay_blocks: shrinking block sizes, which share
-    decay_tokens; one entry is the abrupt decay, several the stepwise one. dpo_tokens: preference
-    optimisation (§5.3) at posttrain_block tokens a block, as a run of its own. total_tokens: if not
-    0, stages are scaled so that they sum to it, and arms of a comparison cost the same."""
+    decay_tokens; one entry is the abrupt decay, several the stepwise one. sft_tokens: supervised
+    fine-tuning (§5.1); cap_tokens: confidence-aware parallel training (§5.2); dpo_tokens:
+    preference optimisation (§5.3), as a run of its own; all at posttrain_block tokens a block.
+    total_tokens: if not 0, stages are scaled so that they sum to it, and arms of a comparison cost
+    the same."""
 
     ar_tokens: int = 0
     warmup_blocks: tuple[int, ...] = ()
@@ -138,6 +158,8 @@ class ScheduleConfig:
     stable_tokens: int = 0
     decay_blocks: tuple[int, ...] = ()
     decay_tokens: int = 0
+    sft_tokens: int = 0
+    cap_tokens: int = 0
     dpo_tokens: int = 0
     posttrain_block: int = 32
     total_tokens: int = 0
@@ -149,6 +171,8 @@ class ScheduleConfig:
             *_stage("warmup", self.warmup_blocks, self.warmup_tokens, row_length),
             *_stage("stable", (row_length,), self.stable_tokens, row_length),
             *_stage("decay", self.decay_blocks, self.decay_tokens, row_length),
+            *_stage("sft", (self.posttrain_block,), self.sft_tokens, row_length),
+            *_stage("cap", (self.posttrain_block,), self.cap_tokens, row_length),
             *_stage("dpo", (self.posttrain_block,), self.dpo_tokens, row_length),
         ]
         planned = [p.tokens for p in phases]
@@ -162,11 +186,14 @@ def _split(total: int, shares: Sequence[int]) -> list[int]:
     return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
+_OBJECTIVE_OF = {"ar": "ar", "sft": "bdlm", "cap": "cap", "dpo": "dpo"}  # of one block size
+
+
 def _stage(name: str, blocks: tuple[int, ...], tokens: int, row_length: int) -> list[Phase]:
     if not tokens or not blocks:
         return []
-    if name in ("ar", "dpo"):
-        return [Phase(name, name, blocks[0], tokens)]
+    if name in _OBJECTIVE_OF:
+        return [Phase(name, _OBJECTIVE_OF[name], blocks[0], tokens)]
     objective = {True: "mdlm", False: "bdlm"}
     return [
         Phase(f"{name}-{block}", objective[block == row_length], block, each)
@@ -295,6 +322,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     noise: NoiseConfig = NoiseConfig()
+    cap: CapConfig = CapConfig()
     dpo: DPOConfig = DPOConfig()
     reference: ReferenceConfig = ReferenceConfig()
     embedding_noise: EmbeddingNoiseConfig = EmbeddingNoiseConfig()
@@ -418,6 +446,7 @@ CHOICES = {
     "noise.group": ("block", "sequence"),
     "noise.draw": ("count", "bernoulli"),
     "noise.weight": ("elbo", "flat"),
+    "noise.later_turns": ("learn", "hide"),
     "data.block_anchor": ("document", "row"),
     "data.packing": ("concat", "best_fit"),
     "data.long_documents": ("skip", "split"),
@@ -445,6 +474,8 @@ _POSITIVE = (
     "data.row_length",
     "data.rows_per_step",
     "data.pad_multiple",
+    "noise.edit_weight",
+    "cap.temperature",
     "optimizer.accumulate",
     "optimizer.learning_rate",
     "optimizer.max_consecutive_skips",
@@ -462,6 +493,7 @@ _POSITIVE = (
 )
 _FRACTIONS = (
     "data.random_length_fraction",
+    "noise.edit_rate",
     "optimizer.warmup_fraction",
     "optimizer.decay_fraction",
     "optimizer.final_fraction",
@@ -471,8 +503,11 @@ _NOT_NEGATIVE = (
     "schedule.warmup_tokens",
     "schedule.stable_tokens",
     "schedule.decay_tokens",
+    "schedule.sft_tokens",
+    "schedule.cap_tokens",
     "schedule.dpo_tokens",
     "schedule.total_tokens",
+    "cap.weight",
     "eval.every_tokens",
     "eval.rate_buckets",
     "eval.target_block_size",
@@ -525,15 +560,7 @@ def _check(cfg: TrainConfig) -> None:
         f"config.optimizer.accumulate={cfg.optimizer.accumulate}",
     )
     _check_data(cfg)
-    _require(
-        0 <= cfg.noise.t_min < cfg.noise.t_max <= 1,
-        f"config.noise: need 0 <= t_min < t_max <= 1, got {cfg.noise.t_min}, {cfg.noise.t_max}",
-    )
-    full_range = (cfg.noise.t_min, cfg.noise.t_max) == (NoiseConfig.t_min, NoiseConfig.t_max)
-    _require(
-        cfg.noise.draw == "bernoulli" or full_range,
-        "config.noise.t_min and t_max belong to draw='bernoulli'; the count draw covers (0, 1]",
-    )
+    _check_noise(cfg)
     noise, row, target = cfg.embedding_noise, cfg.data.row_length, cfg.eval.target_block_size
     _require(
         (noise.sigma > 0) == (noise.tokens > 0),
@@ -544,18 +571,58 @@ def _check(cfg: TrainConfig) -> None:
         not target or row % target == 0,
         f"config.eval.target_block_size={target} must divide config.data.row_length={row}",
     )
-    schedule = cfg.schedule
+    _check_blocks(cfg.schedule, row)
+    _check_objectives(cfg)
+
+
+def _check_blocks(schedule: ScheduleConfig, row: int) -> None:
+    def divides(where: str, block: int) -> None:
+        _require(
+            1 <= block <= row and row % block == 0,
+            f"config.schedule.{where}: {block} must divide config.data.row_length={row}",
+        )
+
     for stage in ("warmup", "decay"):
         blocks, tokens = getattr(schedule, f"{stage}_blocks"), getattr(schedule, f"{stage}_tokens")
         where = f"config.schedule.{stage}"
         _require(not tokens or blocks, f"{where}_tokens={tokens}, but {where}_blocks is empty")
         _require(not blocks or tokens, f"{where}_blocks={blocks}, but {where}_tokens is 0")
         for block in blocks:
-            _require(
-                1 <= block <= cfg.data.row_length and cfg.data.row_length % block == 0,
-                f"{where}_blocks: {block} must divide config.data.row_length={cfg.data.row_length}",
-            )
-    _check_objectives(cfg)
+            divides(f"{stage}_blocks", block)
+    if schedule.sft_tokens or schedule.cap_tokens or schedule.dpo_tokens:
+        divides("posttrain_block", schedule.posttrain_block)
+        return
+    _require(
+        schedule.posttrain_block == ScheduleConfig.posttrain_block,
+        f"config.schedule.posttrain_block={schedule.posttrain_block} belongs to post-training, but "
+        "sft_tokens, cap_tokens and dpo_tokens are 0",
+    )
+
+
+def _check_noise(cfg: TrainConfig) -> None:
+    noise, default = cfg.noise, NoiseConfig()
+    _require(
+        0 <= noise.t_min < noise.t_max <= 1,
+        f"config.noise: need 0 <= t_min < t_max <= 1, got {noise.t_min}, {noise.t_max}",
+    )
+    _require(
+        noise.draw == "bernoulli" or (noise.t_min, noise.t_max) == (default.t_min, default.t_max),
+        "config.noise.t_min and t_max belong to draw='bernoulli'; the count draw covers (0, 1]",
+    )
+    _require(
+        not (noise.complementary and noise.draw == "bernoulli" and noise.weight == "elbo")
+        or noise.t_max < 1,
+        f"config.noise.t_max={noise.t_max}: the inverse of a complementary pair has rate 1 - t and "
+        "weight 1/(1 - t), without bound here; lower it, or choose draw='count'",
+    )
+    _require(
+        noise.edit_rate > 0 or noise.edit_weight == default.edit_weight,
+        f"config.noise.edit_weight={noise.edit_weight} is not read where edit_rate is 0",
+    )
+    _require(
+        cfg.cap == CapConfig() or bool(cfg.schedule.cap_tokens),
+        f"config.cap={cfg.cap} is not read where config.schedule.cap_tokens is 0",
+    )
 
 
 def _check_objectives(cfg: TrainConfig) -> None:
@@ -598,11 +665,6 @@ def _check_dpo(cfg: TrainConfig) -> None:
         "config.schedule.dpo_tokens: its rows are preference pairs, which no other stage reads; "
         "train the others in a run before it",
     )
-    block, row = cfg.schedule.posttrain_block, cfg.data.row_length
-    _require(
-        block >= 1 and row % block == 0,
-        f"config.schedule.posttrain_block={block} must divide config.data.row_length={row}",
-    )
     _require(
         bool(cfg.init.checkpoint),
         "config.init.checkpoint is empty: dpo starts from a model that answers prompts",
@@ -614,10 +676,10 @@ def _check_dpo(cfg: TrainConfig) -> None:
     )
     whole = NoiseConfig()
     _require(
-        (cfg.noise.weight, cfg.noise.t_min, cfg.noise.t_max)
-        == (whole.weight, whole.t_min, whole.t_max),
-        "config.noise: dpo compares bounds on likelihoods (eq. 7): weight='elbo', and all rates "
-        f"(t_min={whole.t_min}, t_max={whole.t_max})",
+        (cfg.noise.weight, cfg.noise.t_min, cfg.noise.t_max, cfg.noise.edit_rate)
+        == (whole.weight, whole.t_min, whole.t_max, 0.0),
+        "config.noise: dpo compares bounds on likelihoods (eq. 7): weight='elbo', all rates "
+        f"(t_min={whole.t_min}, t_max={whole.t_max}) and edit_rate=0",
     )
     _require(
         not cfg.embedding_noise.sigma,

@@ -16,18 +16,39 @@ expectation as drawing t and then n coins, without the infinite variance of 1/t,
 one mask a block; at block size 1 every token is masked with weight 1, which is exact.
 
 "bernoulli" draws t uniform on [t_min, t_max], then a coin for each token, weight (t_max − t_min)/t:
-unbiased for the integral over [t_min, t_max], which is the bound only for (0, 1].
+unbiased for the integral over [t_min, t_max], which is the bound only for (0, 1]. A narrower range
+is the mask-ratio bandwidth of post-training (§5.1).
 
-Weights "flat" weigh every masked token 1: with "count" the target is then the mean over k of the
-summed cross-entropy, not a bound.
+Weights "flat" weigh every masked token 1. The target is then not a bound but the mean summed
+cross-entropy of what is masked: over k with "count", over t in [t_min, t_max] with "bernoulli".
 
 Complementary pairs (§5.1) carry each row twice, the second with the inverse mask, so that every
-token is supervised once. "count": k uniform on 0..n with weight (n+1)/k, whose inverse n−k has the
-same law, so both members estimate the bound. "bernoulli": the inverse has rate 1−t and weight
-(t_max − t_min)/(1−t), unbiased for the integral over [1 − t_max, 1 − t_min].
+token is supervised once. What the pair estimates is the mean of its members' targets:
+
+    count      elbo   k uniform on 0..n, weight (n+1)/k; n−k has the same law: both the bound
+    count      flat   both the mean over k in 0..n
+    bernoulli  elbo   1/t and 1/(1−t), times t_max − t_min: the integrals over [t_min, t_max] and
+                      over [1 − t_max, 1 − t_min]
+    bernoulli  flat   the means over these two ranges
 
 group = "sequence" draws one rate for all the blocks of a document (as the paper's equations print
-it) instead of one for each; the expectation is the same.
+it) instead of one for each. The expectation is the same, but for "count" with weights "flat": k is
+then uniform on the numbers of masks of the whole document.
+
+What is supervised
+------------------
+Only tokens of loss_mask are ever noised, so a prompt is not (eq. 5). Their loss weights multiply
+the weights above, and the sum is divided by the sum of the loss weights, masked or not.
+
+A block may hold the end of one assistant turn and what was said next. later_turns = "learn"
+supervises all of its turns: the first is then denoised in sight of the answer to it, which decoding
+never has. "hide" supervises the first turn of a block only, and makes masks of all that follows it
+in the noisy half. A turn is a run of supervised tokens.
+
+edit_rate > 0 adds the token-to-token stream of LLaDA2.1 (arXiv 2602.08676): of the supervised
+tokens that stay visible that share is replaced by ids drawn uniformly, and all the visible ones are
+asked for themselves, with weight edit_weight; also those that stay, or the model would learn that a
+token it sees is never right. Masked tokens then have a partly wrong context: not the bound either.
 """
 
 from __future__ import annotations
@@ -48,11 +69,13 @@ _GOLDEN = 2654435769  # 2³² / golden ratio: consecutive multiples fill the cir
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Noised:
-    """tokens: noisy ids. noise_mask: what was masked. weight: fp32, of each masked token's
-    cross-entropy (0 elsewhere). rate: fp32, share of its group that was masked. All [B, L]."""
+    """tokens: noisy ids. noise_mask: what was masked. supervised: what may be asked for, masked or
+    not. weight: fp32, of each supervised masked token's cross-entropy (0 elsewhere). rate: fp32,
+    share of its group that was masked. All [B, L]."""
 
     tokens: Int[Array, "B L"]
     noise_mask: Bool[Array, "B L"]
+    supervised: Bool[Array, "B L"]
     weight: Float[Array, "B L"]
     rate: Float[Array, "B L"]
 
@@ -94,6 +117,22 @@ def _group_uniform(batch: Batch, start, block_size, cfg: NoiseConfig, seed: int,
     return _unit(origin + index.astype(jnp.uint32) * jnp.uint32(_GOLDEN))
 
 
+def _count_before(flags: Bool[Array, "B L"]) -> Int[Array, "B L+1"]:
+    """Flagged tokens before each place of the row, its end included."""
+    return jnp.pad(jnp.cumsum(flags, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def _after_first_turn(supervised: Bool[Array, "B L"], start) -> Bool[Array, "B L"]:
+    """What follows the first run of supervised tokens of its group, which begins at `start`."""
+
+    def since_start(flags):
+        before = _count_before(flags)
+        return before[:, 1:] - jnp.take_along_axis(before, start, 1)
+
+    ended = ~supervised & (since_start(supervised) > 0)
+    return since_start(ended) > 0
+
+
 def _ranks(score: UInt[Array, "B L"], start, maskable):
     """Rank of each token's score within its group, the maskable ones first."""
     length = score.shape[1]
@@ -126,7 +165,12 @@ def corrupt(
       mirrored: the antithetic counterpart of the draw: rate 1 − t for t, and first to be masked
         what is last there. Of the same law, and wrong in the other direction; may be traced.
     """
-    maskable = batch.loss_mask & (batch.segment_ids > 0)
+    maskable = jnp.asarray(batch.loss_mask & (batch.segment_ids > 0))
+    hidden = jnp.zeros_like(maskable)
+    if cfg.later_turns == "hide":
+        hidden = _after_first_turn(maskable, group_bounds(block, batch.segment_ids)[0])
+        hidden &= batch.segment_ids > 0
+        maskable &= ~hidden
     group = block if cfg.group == "block" else jnp.zeros_like(block)
     start, end = group_bounds(group, batch.segment_ids)
     u = _group_uniform(batch, start, block_size if cfg.group == "block" else 1, cfg, seed, draw)
@@ -134,8 +178,7 @@ def corrupt(
     draws = jnp.full_like(block, draw)
     score = _bits(seed, 1, batch.document_ids, batch.visits, draws, batch.document_positions)
     score = jnp.where(mirrored, ~score, score)
-    count = jnp.cumsum(maskable, axis=1, dtype=jnp.int32)
-    count = jnp.concatenate([jnp.zeros_like(count[:, :1]), count], axis=1)
+    count = _count_before(maskable)
     n = jnp.take_along_axis(count, end, 1) - jnp.take_along_axis(count, start, 1)
     if cfg.draw == "count":
         pairs = _count_draw(u, n, _ranks(score, start, maskable), cfg.complementary)
@@ -145,8 +188,9 @@ def corrupt(
     for mask, weight, rate in pairs:
         mask = mask & maskable
         weight = jnp.where(mask, weight if cfg.weight == "elbo" else 1.0, 0.0)
-        tokens = jnp.where(mask, mask_id, batch.tokens)
-        noised.append(Noised(tokens, mask, weight.astype(jnp.float32), rate))
+        masked = mask | hidden
+        tokens = jnp.where(masked, mask_id, batch.tokens)
+        noised.append(Noised(tokens, masked, maskable, weight.astype(jnp.float32), rate))
     return noised
 
 
@@ -173,6 +217,26 @@ def _bernoulli_draw(u, coin, cfg: NoiseConfig):
     if not cfg.complementary:
         return [first]
     return [first, (coin >= t, width / (1 - t), 1 - t)]
+
+
+def replace_visible(
+    batch: Batch,
+    noised: Noised,
+    rate: float,
+    *,
+    mask_id: int,
+    vocab_size: int,
+    seed: int,
+    draw: int | Int[Scalar, ""] = 0,
+) -> Int[Array, "B L"]:
+    """The noisy ids with a share `rate` of the supervised, visible ones replaced by ids drawn
+    uniformly (never the mask's): the token-to-token stream of LLaDA2.1."""
+    point = (batch.document_ids, batch.visits, jnp.full_like(noised.tokens, draw))
+    coin, bits = (_bits(seed, purpose, *point, batch.document_positions) for purpose in (3, 4))
+    ids = (bits % (vocab_size - 1)).astype(jnp.int32)
+    ids = jnp.where(ids < mask_id, ids, ids + 1)
+    chosen = noised.supervised & ~noised.noise_mask & (_unit(coin) < rate)
+    return jnp.where(chosen, ids, noised.tokens)
 
 
 def embedding_noise(

@@ -160,6 +160,7 @@ class Run:
         """Validation under the phase's objective (or at the target block size). `kind` says what
         was measured: only equal kinds compare."""
         objective, block_size = phase.objective, phase.block_size
+        objective = "bdlm" if objective == "cap" else objective  # stages compare on the bound
         target = self.cfg.eval.target_block_size
         if objective != "ar" and target:
             objective, block_size = "bdlm", target
@@ -241,15 +242,13 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
 
 
 def _check_readable(corpus: Corpus) -> None:
-    """Weights of messages and preference pairs are for objectives that read them; those of this
-    loop would take no notice."""
+    """Preference pairs are for objectives that read them; those of this loop would take no
+    notice."""
     for source in corpus.sources:
-        what = ["loss weights other than 0 and 1"] * source.train.weighted
-        what += ["preference pairs"] * source.train.paired
-        if what:
+        if source.train.paired:
             raise ConfigError(
-                f"config.data.sources: {source.name} holds {' and '.join(what)}, which "
-                f"{', '.join(OBJECTIVES)} do not read: prepare it without"
+                f"config.data.sources: {source.name} holds preference pairs, which "
+                f"{', '.join(OBJECTIVES)} do not read: prepare it as chats"
             )
 
 
@@ -583,8 +582,9 @@ _HELP = f"""\
 usage: llada2 train --config=configs/NAME.py [--config.FIELD=VALUE ...] [--workdir DIR]
                     [--profile DIR] [--print_config]
 
-Trains what the config says: autoregressive, block diffusion, or the whole
-Warmup-Stable-Decay conversion. A run found in the workdir is resumed, bit for bit.
+Trains what the config says: autoregressive, block diffusion, the whole
+Warmup-Stable-Decay conversion, or post-training (SFT, CAP). A run found in the
+workdir is resumed, bit for bit.
 
   --config=FILE          a file of configs/ (each docstring says what it takes and gave)
   --config.a.b=c         overrides a field; an unknown field is an error
@@ -595,6 +595,7 @@ Warmup-Stable-Decay conversion. A run found in the workdir is resumed, bit for b
 examples:
   llada2 train --config=configs/tiny_wsd.py --config.schedule.stable_tokens=2000000
   llada2 train --config=configs/tiny_wsd.py --workdir=runs/seed1 --config.seed=1
+  llada2 train --config=configs/sft.py --config.data.sources='("data/chat",)'
 
 {EXIT_STATUS}75 after SIGTERM or a notice of preemption, when what was reached is saved and the
 same command goes on.

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from llada2_jax.checksums import checksum
 from llada2_jax.config import TrainConfig
 from llada2_jax.model import merge_params
-from llada2_jax.objectives import OBJECTIVES, Context, LossOutput
+from llada2_jax.objectives import OBJECTIVES, Context, LossOutput, whole_batch_context
 from llada2_jax.optimizer import make_optimizer
 from llada2_jax.spikes import EVENTS, SpikeWatch, fresh_watch, judge
 from llada2_jax.types import Batch, ModelConfig, Params
@@ -117,6 +117,7 @@ def make_context(
         block_anchor=cfg.data.block_anchor,
         draw=np.int32(draw),
         dpo=cfg.dpo,
+        cap=cfg.cap,
     )
 
 
@@ -139,6 +140,7 @@ def accumulated(
 
     How the batch is cut therefore leaves the gradient alone. The output's sums run over all rows.
     """
+    context = whole_batch_context(objective, batch, context)
     one = functools.partial(_loss_and_grad, objective, model_cfg, params, buffers)
     if n == 1:
         grads, output = one(batch, context)
@@ -246,6 +248,7 @@ def make_eval_step(
     """The objective without a gradient."""
 
     def evaluate(params, batch, context):
+        context = whole_batch_context(objective, batch, context)
         return OBJECTIVES[objective](merge_params(model_cfg, params), batch, context)
 
     return jax.jit(evaluate)

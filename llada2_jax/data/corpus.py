@@ -51,9 +51,9 @@ class Corpus:
         return MixedRows(tuple(shuffled), self._weights(parts), num_rows)
 
     def validation_batches(self, cfg: DataConfig, num_rows: int, rows_per_step: int) -> list[Batch]:
-        """Fixed rows for scoring, of each source its share. The first token of each segment is not
-        scored: an autoregressive model has nothing to predict it from, and both kinds of model
-        answer for the same bytes."""
+        """Fixed rows for scoring, of each source its share, without loss weights. The first token
+        of each segment is not scored: an autoregressive model has nothing to predict it from, and
+        both kinds of model answer for the same bytes."""
         plain = dataclasses.replace(cfg, document_mask=True, random_length_fraction=0.0)
         parts = [
             self._rows(s, s.validation, plain, num_rows, 0, shuffle=False) for s in self.sources
@@ -62,7 +62,7 @@ class Corpus:
         counts = MixedRows(tuple(parts), weights, num_rows).given(num_rows)
         chosen = list(zip(parts, counts, strict=True))
         return [
-            dataclasses.replace(b, loss_mask=b.loss_mask & (b.positions > 0))
+            dataclasses.replace(b, loss_mask=b.loss_mask & (b.positions > 0), loss_weights=None)
             for b in validation_batches(chosen, num_rows=num_rows, rows_per_step=rows_per_step)
         ]
 

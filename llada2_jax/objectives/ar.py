@@ -5,7 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from llada2_jax.model import Transformer
-from llada2_jax.objectives.base import Context, LossOutput, prediction_metrics, weighted_nll
+from llada2_jax.objectives.base import (
+    Context,
+    LossOutput,
+    loss_weights,
+    prediction_metrics,
+    weighted_nll,
+)
 from llada2_jax.types import Batch, WeightedSum
 from pallas_kernels.block_layout import CLEAN, block_index, half_layout
 
@@ -16,14 +22,13 @@ def ar_objective(model: Transformer, batch: Batch, context: Context) -> LossOutp
     layout = half_layout(block, batch.segment_ids, CLEAN)
     output = model(batch.tokens, batch.positions, layout)
     follows = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
-    scored = follows & batch.loss_mask[:, 1:] & (batch.segment_ids[:, 1:] > 0)
-    scored = jnp.pad(scored, ((0, 0), (0, 1)))  # by predecessor: a row's last token has no target
+    weights = jnp.where(follows, loss_weights(batch)[:, 1:], 0.0)
+    weights = jnp.pad(weights, ((0, 0), (0, 1)))  # by predecessor: a row's last token has no target
     targets = jnp.roll(batch.tokens, -1, axis=1)
-    weights = scored.astype(jnp.float32)
     total, stats = weighted_nll(model, output.hidden, targets, weights)
     return LossOutput(
         loss=WeightedSum(total, weights.sum()),
-        nll=jnp.roll(stats.nll, 1, axis=1),
-        metrics=prediction_metrics(stats, scored),
+        nll=jnp.roll(weights * stats.nll, 1, axis=1),
+        metrics=prediction_metrics(stats, weights > 0),
         expert_load=output.expert_load,
     )

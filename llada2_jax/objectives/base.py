@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llada2_jax.config import DPOConfig, NoiseConfig
+from llada2_jax.config import CapConfig, DPOConfig, NoiseConfig
 from llada2_jax.model import Transformer
 from llada2_jax.types import Batch, WeightedSum
 from pallas_kernels.block_layout import HostOrDevice, Scalar
@@ -25,7 +25,9 @@ class Context:
     block_size: int32 scalar, data, so that phases share one compilation. sigma: fp32 scalar, scale
     of the masked-embedding noise. rates: fp32 [2], only tokens whose group's mask rate lies in
     (rates[0], rates[1]] count (a diagnostic; the full range by default). draw: int32 scalar, the
-    number of the Monte Carlo draw, data likewise. Static: the noise, the seed, the mask's id, the
+    number of the Monte Carlo draw, data likewise. supervised_per_masked: fp32 scalar, over the
+    whole batch the loss weight of supervised tokens per that of masked ones, which a micro-batch
+    cannot know (`objectives.whole_batch_context`). Static: the noise, the seed, the mask's id, the
     anchor of blocks, and what only one objective reads.
     """
 
@@ -37,14 +39,17 @@ class Context:
     mask_id: int = dataclasses.field(metadata={"static": True})
     block_anchor: str = dataclasses.field(metadata={"static": True})
     draw: Int[Scalar, ""] = np.int32(0)
+    supervised_per_masked: Float[Scalar, ""] = np.float32(1)
+    cap: CapConfig = dataclasses.field(default=CapConfig(), metadata={"static": True})
     dpo: DPOConfig = dataclasses.field(default=DPOConfig(), metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossOutput:
-    """loss: what is minimised, as a sum and its denominator (supervised tokens before masking).
-    nll: fp32 [B, L], each token's share of the loss before division. metrics: further means."""
+    """loss: what is minimised, as a sum and its denominator (loss weights of the supervised tokens
+    before masking). nll: fp32 [B, L], each token's share of the loss before division. metrics:
+    further means."""
 
     loss: WeightedSum
     nll: Float[Array, "B L"]
@@ -56,16 +61,36 @@ class Objective(Protocol):
     def __call__(self, model: Transformer, batch: Batch, context: Context) -> LossOutput: ...
 
 
+def loss_weights(batch: Batch) -> Float[Array, "B L"]:
+    """What each token's loss weighs: fp32, 0 for what is not supervised."""
+    supervised = jnp.asarray(batch.loss_mask & (batch.segment_ids > 0))
+    if batch.loss_weights is None:
+        return supervised.astype(jnp.float32)
+    return jnp.where(supervised, batch.loss_weights, 0.0)
+
+
 def weighted_nll(
     model: Transformer,
     hidden: Float[Array, "B L D"],
     targets: Int[HostOrDevice, "B L"],
     weights: Float[Array, "B L"],
+    *,
+    entropy_weights: Float[Array, "B L"] | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Float[Array, ""], TokenStats]:
     """Σ weights · −log p(target) under the model's head, and the statistics of the tokens whose
-    weight is not 0. Logits of all tokens never exist."""
+    weight is not 0. Logits of all tokens never exist. entropy_weights, temperature: see
+    `vocab_loss`."""
     head, vocab_axis = model.output_weights
-    return vocab_loss(hidden, head, jnp.asarray(targets), weights, vocab_axis=vocab_axis)
+    return vocab_loss(
+        hidden,
+        head,
+        jnp.asarray(targets),
+        weights,
+        entropy_weights=entropy_weights,
+        temperature=temperature,
+        vocab_axis=vocab_axis,
+    )
 
 
 def weighted(values: HostOrDevice, weights: HostOrDevice) -> WeightedSum:

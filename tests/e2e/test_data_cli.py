@@ -34,14 +34,11 @@ def folder(tmp_path_factory):
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     chats = [{"messages": [said[0], said[1] | {"content": t}]} for t in texts(60)]
     write_jsonl(folder / "chats.jsonl", chats)
-    weighted = [{"messages": [said[0], said[1] | {"weight": 0.5}]}] * 20
-    write_jsonl(folder / "weighted.jsonl", weighted)
     pairs = [{"prompt": "q", "chosen": t, "rejected": t[::-1]} for t in texts(30)]
     write_jsonl(folder / "pairs.jsonl", pairs)
     prepare(folder, "web.jsonl.gz", "--field", "body")
     prepare(folder, "code")
     prepare(folder, "chats.jsonl", "--content", "chat", "--template", "llada2")
-    prepare(folder, "weighted.jsonl", "--content", "chat", "--template", "llada2")
     prepare(folder, "pairs.jsonl", "--content", "preference", "--template", "llada2")
     return folder
 
@@ -137,7 +134,6 @@ def test_chats_train_in_whole_documents(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sources": ("weighted",), "packing": "best_fit"}, "weighted holds loss weights other"),
         ({"sources": ("pairs",), "packing": "best_fit"}, "pairs holds preference pairs"),
         ({"sources": ("pairs",)}, "set data.packing='best_fit'"),
         ({"sources": ("pairs", "chats"), "packing": "best_fit"}, "mix preference pairs with other"),

@@ -91,6 +91,13 @@ WRONG = {
     "schedule__ar_tokens": (0, r"config\.schedule has no stage with tokens"),
     "optimizer__accumulate": (3, r"rows_per_step=16 is not a multiple of"),
     "noise__t_min": (0.3, r"t_min and t_max belong to draw='bernoulli'"),
+    "noise__edit_rate": (1.5, r"config\.noise\.edit_rate=1\.5 must be from 0 to 1"),
+    "noise__edit_weight": (0.5, r"edit_weight=0\.5 is not read where edit_rate is 0"),
+    "noise__later_turns": ("drop", r"config\.noise\.later_turns='drop': choose one of"),
+    "cap__weight": (-0.1, r"config\.cap\.weight=-0\.1 must not be negative"),
+    "cap__temperature": (0.0, r"config\.cap\.temperature=0\.0 must be positive"),
+    "cap": ({"weight": 1.0}, r"config\.cap=.* is not read where config\.schedule\.cap_tokens is 0"),
+    "schedule__posttrain_block": (16, r"posttrain_block=16 belongs to post-training"),
     "schedule__warmup_tokens": (8, r"warmup_tokens=8, but config\.schedule\.warmup_blocks is e"),
     "schedule__decay_blocks": ((4,), r"decay_blocks=\(4,\), but config\.schedule\.decay_tokens"),
     "init__mask_id": (3, r"config\.init\.mask_id=3 is not read where config\.model is set"),
@@ -135,6 +142,8 @@ UNREAD = {
     "noise__group": "sequence",
     "noise__low_discrepancy": False,
     "noise__complementary": True,
+    "noise__later_turns": "hide",
+    "noise__edit_rate": 0.1,
     "data__block_anchor": "row",
     "eval__samples": 2,
     "eval__rate_buckets": 8,
@@ -157,6 +166,26 @@ def test_embedding_noise_is_for_masks():
         validate(make(**fields))
     validate(make(**fields, schedule__stable_tokens=1000))
     validate(make(eval__rate_buckets=0))  # off, as it is anyway
+
+
+def test_the_inverse_of_a_pair_has_a_rate_above_zero():
+    fields = {"noise__draw": "bernoulli", "noise__complementary": True}
+    fields["schedule__stable_tokens"] = 1000
+    with pytest.raises(ConfigError, match=r"t_max=1\.0: the inverse of a complementary pair"):
+        validate(make(**fields))
+    validate(make(**fields, noise__weight="flat"))
+    validate(make(**fields, noise__t_max=0.8))
+
+
+def test_stages_of_post_training():
+    stages = {"schedule__ar_tokens": 0, "schedule__sft_tokens": 900, "schedule__cap_tokens": 800}
+    cfg = validate(make(**stages, schedule__posttrain_block=8, cap__weight=0.5))
+    assert cfg.phases == (Phase("sft", "bdlm", 8, 900), Phase("cap", "cap", 8, 800))
+    with pytest.raises(ConfigError, match=r"posttrain_block: 5 must divide config\.data\.row_le"):
+        validate(make(**stages, schedule__posttrain_block=5))
+    packed = {"data__packing": "best_fit", "data__pad_multiple": 16}
+    with pytest.raises(ConfigError, match=r"pad_multiple=16 must be a multiple of each block size"):
+        validate(make(**stages, **packed, schedule__posttrain_block=32))
 
 
 def test_exactly_one_of_checkpoint_and_model():
@@ -359,14 +388,14 @@ def training_configs() -> list:
 
 
 def shipped_model(config) -> tuple[TrainConfig, ModelConfig]:
-    """The config validated, and the architecture it trains."""
+    """The config validated, and the architecture it trains; what starts from another run's model
+    starts from the quickstart's."""
     config = config.copy_and_resolve_references()
     if not config.init.checkpoint:
         config.data.tokenizer = "a folder"
     cfg = validate(config)
-    model = (
-        load_bundle(cfg.init.checkpoint).config if cfg.init.checkpoint else ModelConfig(**cfg.model)
-    )
+    start = TINY_AR if cfg.init.checkpoint.startswith("runs/") else cfg.init.checkpoint
+    model = load_bundle(start).config if start else ModelConfig(**cfg.model)
     return cfg, dataclasses.replace(model, **dataclasses.asdict(cfg.runtime))
 
 
@@ -386,7 +415,8 @@ def test_a_step_of_a_shipped_config_keeps_the_shapes_of_its_state(config):
     shape = (cfg.data.rows_per_step, cfg.data.row_length)
     ints = jax.ShapeDtypeStruct(shape, jnp.int32)
     fields = dict.fromkeys((f.name for f in dataclasses.fields(Batch)), ints)
-    batch = Batch(**fields | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool)})
+    fields |= {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool)}
+    batch = Batch(**fields | {"loss_weights": jax.ShapeDtypeStruct(shape, jnp.float32)})
     for objective in sorted({phase.objective for phase in cfg.phases}):
         step = make_train_step(cfg, model, objective)
         after, metrics = jax.eval_shape(step, state, batch, make_context(cfg, 1, 0))

@@ -137,7 +137,8 @@ def test_the_bound_equals_enumeration(params, name):
     batch = make_batch(np.tile(tokens, (len(subsets), 1)))
     noisy = jnp.where(jnp.asarray(masks), MASK, batch.tokens)
     ones = jnp.ones(masks.shape, jnp.float32)
-    noised, block = Noised(noisy, jnp.asarray(masks), ones, ones), jnp.zeros_like(noisy)
+    masked, block = jnp.asarray(masks), jnp.zeros_like(noisy)
+    noised = Noised(noisy, masked, masked, ones, ones)
 
     @jax.jit
     def log_probabilities(params):

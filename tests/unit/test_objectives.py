@@ -47,7 +47,7 @@ def context(block_size, noise=None, **changes):
 def token_nll(params, batch, mask, block_size):
     """−log p of every token with the given positions masked."""
     block = block_index(batch.positions, block_size, "document")
-    noised = Noised(jnp.where(mask, MASK, batch.tokens), mask, mask.astype(jnp.float32), mask)
+    noised = Noised(jnp.where(mask, MASK, batch.tokens), mask, mask, mask.astype(jnp.float32), mask)
     model = merge_params(TINY, params)
     hidden, _ = noisy_hidden(model, batch, noised, block, context(block_size), clean_half=True)
     logp = jax.nn.log_softmax(model.logits(hidden))
