@@ -165,9 +165,9 @@ class SamplerOptions:
     edit_budget: forwards that a block may take for edits after its last mask.
     stop_on_eos: end a row with its first EOS. early_stop: inside the block, see `StopOnEos`.
     fuse_commit: commit block b in the first denoising forward of block b + 1, two blocks wide,
-      instead of in a forward of its own. Measured on 2 CPU cores, a little faster for one row and
-      a fifth slower for four (whose blocks end at different times, so that most forwards are
-      wide), and slower to compile; worth it where a forward costs the same at twice the width.
+      instead of in a forward of its own. On 2 CPU cores nothing is won, and batches (whose blocks
+      end at different times, so that many forwards are wide) are a little slower, as is compiling
+      (docs/log.md, 2026-11-21); worth it where a forward costs the same at twice the width.
     cache: False recomputes the whole prefix in every forward, as the released generate does
       (up to the next eighth of the capacity): the reference for tests and for measurements.
 

@@ -83,16 +83,6 @@ def _reference(case: Case) -> Calls:
     return _jax(case, lambda q, k, v, at: attend_reference(q, k, v, at, at), case.layout)
 
 
-def _triton(case: Case) -> Calls:
-    from pallas_kernels.block_attention.gpu import attend_gpu
-    from pallas_kernels.block_layout import key_intervals
-
-    def attend(q, k, v, intervals):
-        return attend_gpu(q, k, v, intervals, implementation="triton")
-
-    return _jax(case, attend, key_intervals(case.layout))
-
-
 def _cudnn_dense_bias(case: Case) -> Calls:
     def attend(q, k, v, bias):
         return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="cudnn")
@@ -214,7 +204,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Case], Calls]]] = {
     },
     "gpu": {
         "gpu": _backend("gpu"),
-        "gpu, Triton": _triton,
+        "triton": _backend("triton"),
         "FlexAttention": _flex_attention,
         "cuDNN, dense bias": _cudnn_dense_bias,
         "tokamax, dense mask": _tokamax_dense_mask,

@@ -45,7 +45,7 @@ DECODE_BACKENDS = ("auto", *_BACKENDS)
 
 def decode_backend(name: str) -> str:
     """The decode backend for a model's `attention_backend`: "auto" for those that have none
-    ("splash"), the others are themselves."""
+    ("splash", "mosaic", "triton"), the others are themselves."""
     return name if name in DECODE_BACKENDS else "auto"
 
 
@@ -71,7 +71,7 @@ def decode_attention(
       own: where those tokens stand.
       cache: what the row has committed; of any float dtype.
       backend: one of DECODE_BACKENDS. "auto": the platform's kernel if it proves itself on the
-        device at hand (see `selection`), else "xla". "reference" is the dense oracle.
+        device at hand (see `selection.select`), else "xla". "reference" is the dense oracle.
       interpret: run the kernels of "tpu" and "gpu" in Pallas's interpreter (tests).
 
     Returns: the shape and dtype of q; zeros where a query has no key.
