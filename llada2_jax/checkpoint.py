@@ -30,7 +30,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -254,6 +254,21 @@ def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slic
         )
 
 
+Box = tuple[slice, ...]
+
+
+class Source(Protocol):
+    """Parameters in our layout, readable by slices."""
+
+    specs: dict[str, ArraySpec]
+
+    def read(self, path: str, index: tuple[slice | int, ...] = ()) -> np.ndarray: ...
+
+    def boxes(self, path: str) -> list[Box]:
+        """Slices that cover a parameter, each cheap to read as a whole."""
+        ...
+
+
 class ParamReader:
     """Parameters of a checkpoint, read slice by slice.
 
@@ -302,6 +317,11 @@ class ParamReader:
         """A slice of a parameter. Raises CheckpointError that names it."""
         array = self._arrays[path]
         return _wait((array[index] if index else array).read(), self.folder, path)
+
+    def boxes(self, path: str) -> list[Box]:
+        """The chunks that `ParamWriter` writes."""
+        spec = self.specs[path]
+        return list(boxes(spec.shape, chunk_shape(spec)))
 
     def read_all(self) -> dict[str, np.ndarray]:
         """All parameters, read at the same time and verified."""

@@ -309,6 +309,21 @@ class DistributedConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh (docs/parallelism.md); their product is the number of
+    devices. -1, for one of them: what the others leave. data: rows, with parameters copied. fsdp:
+    rows, with parameters cut. expert: experts, and rows outside them. context: positions of a row.
+    model: heads, feed-forward width and vocabulary. stage: layers."""
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    context: int = 1
+    model: int = 1
+    stage: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run. model: architecture when init.checkpoint is empty; else it must be empty.
     workdir: where checkpoints, metrics and the config go; a run found there is resumed.
@@ -332,6 +347,7 @@ class TrainConfig:
     spikes: SpikeConfig = SpikeConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     distributed: DistributedConfig = DistributedConfig()
+    mesh: MeshConfig = MeshConfig()
     log_every: int = 10
     wandb_project: str = ""
 
@@ -560,6 +576,7 @@ def _check(cfg: TrainConfig) -> None:
         f"config.optimizer.accumulate={cfg.optimizer.accumulate}",
     )
     _check_data(cfg)
+    _check_mesh(cfg.mesh)
     _check_noise(cfg)
     noise, row, target = cfg.embedding_noise, cfg.data.row_length, cfg.eval.target_block_size
     _require(
@@ -695,6 +712,17 @@ def _check_dpo(cfg: TrainConfig) -> None:
     _require(
         mask < 0 or bool(cfg.reference.checkpoint),
         f"config.reference.mask_id={mask} is not read where config.reference.checkpoint is empty",
+    )
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    sizes = dataclasses.asdict(mesh)
+    for axis, size in sizes.items():
+        _require(size > 0 or size == -1, f"config.mesh.{axis}={size} must be positive, or -1")
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    _require(
+        len(rest) <= 1,
+        f"config.mesh: {' and '.join(rest)} are -1, which one axis may be: set the other",
     )
 
 

@@ -18,7 +18,7 @@ import jax
 from llada2_jax.config import ConfigError, TrainConfig
 
 # Fields that do not change what a step computes, or that one changes to get past a stop.
-FREE = ("log_every", "checkpoint", "workdir", "spikes", "distributed", "wandb_project")
+FREE = ("log_every", "checkpoint", "workdir", "spikes", "distributed", "mesh", "wandb_project")
 
 README = """\
 A training run of llada2_jax. `llada2 train` with the same config and this folder as --workdir goes

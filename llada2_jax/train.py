@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import config_flags
 from tokenizers import Tokenizer
 
@@ -43,6 +44,14 @@ from llada2_jax.preemption import Preempted, PreemptionNotice
 from llada2_jax.retry import describe, with_retries
 from llada2_jax.run_folder import record_config, record_start
 from llada2_jax.schedules import embedding_noise_sigma, learning_rate
+from llada2_jax.sharding import (
+    check_cut,
+    check_mesh,
+    format_placements,
+    make_mesh,
+    place_batch,
+    placements,
+)
 from llada2_jax.spikes import EVENTS
 from llada2_jax.train_checkpoints import TrainCheckpoints
 from llada2_jax.train_step import (
@@ -63,17 +72,18 @@ class TrainingStopped(UserError, RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
-def starting_bundle(cfg: TrainConfig) -> ModelBundle:
+def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
     """The model a run starts from: a checkpoint, or fresh parameters of config.model.
 
-    provenance["checksums"] of a checkpoint tell it from another one that is put in its place.
+    mesh: what to cut the parameters by. provenance["checksums"] of a checkpoint tell it from
+    another one that is put in its place.
     Raises: CheckpointError or ConfigError that names what does not fit.
     """
     runtime = dataclasses.asdict(cfg.runtime)
     if cfg.init.checkpoint:
         mask_id = cfg.init.mask_id if cfg.init.mask_id >= 0 else None
         _check_length(cfg, load_bundle(cfg.init.checkpoint, mask_id=mask_id).config)
-        bundle = load_model(cfg.init.checkpoint, mask_id=mask_id, **runtime)
+        bundle = load_model(cfg.init.checkpoint, mask_id=mask_id, mesh=mesh, **runtime)
         provenance = bundle.provenance | {"checksums": _checksums(bundle)}
         bundle = dataclasses.replace(bundle, provenance=provenance)
         return _describe(_initialise_mask(bundle, cfg), cfg)
@@ -87,7 +97,7 @@ def starting_bundle(cfg: TrainConfig) -> ModelBundle:
         raise ConfigError(f"config.data.tokenizer={cfg.data.tokenizer!r} holds no tokenizer.json")
     special = special_tokens({"vocab_size": model.vocab_size}, files)
     hf_config = config_to_hf(model, special, model_type="bailing_moe_v2")
-    params = init_params(model, cfg.seed)
+    params = init_params(model, cfg.seed, mesh)
     return ModelBundle(model, params, special, tokenizer_files=files, hf_config=hf_config)
 
 
@@ -129,9 +139,11 @@ def _initialise_mask(bundle: ModelBundle, cfg: TrainConfig) -> ModelBundle:
         return bundle
     params = jax.tree.map(lambda x: x, bundle.params)
     embedding = params["embedding"]
-    table, mask = np.asarray(embedding[...]), bundle.special.mask
-    row = mask_row(table, mask, cfg.init.mask_embedding, seed=cfg.seed)
-    embedding[...] = jnp.asarray(table).at[mask].set(row)
+    table, mask = embedding[...], bundle.special.mask
+    host = multihost_utils.process_allgather(table, tiled=True)
+    row = mask_row(np.asarray(host), mask, cfg.init.mask_embedding, seed=cfg.seed)
+    put = jax.jit(lambda table, row: table.at[mask].set(row), out_shardings=table.sharding)
+    embedding[...] = put(table, row)
     return dataclasses.replace(bundle, params=params)
 
 
@@ -146,13 +158,14 @@ class Run:
     checkpoints: TrainCheckpoints
     logger: MetricLogger
     state: TrainState
+    mesh: Mesh
     steps: dict[str, Callable] = dataclasses.field(default_factory=dict)
     evals: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
     def train_step(self, phase: Phase) -> Callable:
         if phase.objective not in self.steps:
             self.steps[phase.objective] = make_train_step(
-                self.cfg, self.bundle.config, phase.objective
+                self.cfg, self.bundle.config, phase.objective, self.mesh
             )
         return self.steps[phase.objective]
 
@@ -165,7 +178,7 @@ class Run:
         if objective != "ar" and target:
             objective, block_size = "bdlm", target
         if objective not in self.evals:
-            self.evals[objective] = make_eval_step(self.bundle.config, objective)
+            self.evals[objective] = make_eval_step(self.bundle.config, objective, self.mesh)
         scores = score_rows(
             self.evals[objective],
             self.state.model_params,
@@ -202,7 +215,9 @@ def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") 
 def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     """A fresh run, or the newest checkpoint's."""
     workdir = Path(cfg.workdir)
-    bundle = starting_bundle(cfg)
+    mesh = make_mesh(cfg.mesh)
+    bundle = starting_bundle(cfg, mesh)
+    check_mesh(cfg, bundle.config, mesh)
     _record_config(workdir, cfg, bundle)
     rows = cfg.data.rows_per_step // cfg.optimizer.accumulate
     try:
@@ -214,7 +229,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     except ValueError as error:  # a source that is not there, or too few rows to validate on
         raise ConfigError(f"config: {error}") from error
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint, tokens_per_step=cfg.tokens_per_step)
-    state, first_step = init_state(cfg, bundle.params), 0
+    state, first_step = init_state(cfg, bundle.params, mesh), 0
     restored = _restored(cfg, checkpoints, state)
     if restored is not None:
         state, first_step = restored
@@ -235,10 +250,25 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
             record_start, workdir, step=first_step, params=state.params, data=data
         )
         _stored(cfg, start, f"writing {workdir}/starts.jsonl")
+    _report_placement(logger, state, mesh)
     if first_step:
         logger.say(f"resuming {workdir} after step {first_step} of {cfg.total_steps}")
     bundle = dataclasses.replace(bundle, params=None)
-    return Run(cfg, bundle, corpus, validation, checkpoints, logger, state), first_step
+    return Run(cfg, bundle, corpus, validation, checkpoints, logger, state, mesh), first_step
+
+
+def _report_placement(logger: MetricLogger, state: TrainState, mesh: Mesh) -> None:
+    """Says what each device of a mesh holds. Raises: ConfigError, see `check_cut`."""
+    if mesh.size == 1:
+        return
+    params, rest = placements(state.model_params, mesh), placements(state.opt_state, mesh)
+    check_cut([*params, *rest], mesh)
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    moments = sum(place.bytes_per_device for place in rest) / 2**20
+    logger.say(
+        f"{mesh.size} devices: {sizes}\n{format_placements(params)}\n"
+        f"and {moments:.2f} MiB of optimizer state a device"
+    )
 
 
 def _check_readable(corpus: Corpus) -> None:
@@ -313,7 +343,7 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) ->
         if notice.reached(step):
             _leave(run, step, pending, saved=step == first_step)
         _, phase = cfg.phase_at(step)
-        batch = pending.next(source)
+        batch = place_batch(pending.next(source), run.mesh)
         if _phase_starts(cfg, step):
             run.state = begin_phase(cfg, run.state)
         context = make_context(
@@ -440,9 +470,9 @@ def _validate(
     cfg = run.cfg
     scores = run.validate(phase)
     if ends and cfg.eval.rate_buckets and phase.objective != "ar":
-        norms = make_grad_norms_by_rate(run.bundle.config, phase.objective, cfg.eval.rate_buckets)(
-            run.state, _first_micro_batch(batch, cfg.optimizer.accumulate), context
-        )
+        norms = make_grad_norms_by_rate(
+            run.bundle.config, phase.objective, cfg.eval.rate_buckets, run.mesh
+        )(run.state, _first_micro_batch(batch, cfg.optimizer.accumulate), context)
         run.logger.write(
             step, "grad_norm_by_rate", phase.name, {"norms": [float(n) for n in norms]}
         )

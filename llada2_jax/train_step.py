@@ -11,13 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt32
 
 from llada2_jax.checksums import checksum
 from llada2_jax.config import TrainConfig
-from llada2_jax.model import merge_params
+from llada2_jax.model import build, merge_params
 from llada2_jax.objectives import OBJECTIVES, Context, LossOutput, whole_batch_context
 from llada2_jax.optimizer import make_optimizer
+from llada2_jax.sharding import (
+    batch_sharding,
+    constrain,
+    keep_stored,
+    meshed,
+    replicated,
+    shardings,
+    single_device_mesh,
+)
 from llada2_jax.spikes import EVENTS, SpikeWatch, fresh_watch, judge
 from llada2_jax.types import Batch, ModelConfig, Params
 
@@ -49,13 +59,30 @@ class TrainState:
         return dataclasses.replace(self, params=None, buffers=None)
 
 
-def init_state(cfg: TrainConfig, params: Params) -> TrainState:
-    """A state at step 0 from a model's parameters."""
+def init_state(cfg: TrainConfig, params: Params, mesh: Mesh | None = None) -> TrainState:
+    """A state at step 0 from a model's parameters, placed on the mesh (default: one device)."""
+    mesh = mesh or single_device_mesh()
+    params = jax.device_put(params, shardings(params, mesh))
     trained, buffers = nnx.split_state(params, nnx.Param, ...)
-    opt_state = make_optimizer(cfg).init(trained)
-    step, in_a_row, skipped, rollbacks = (jnp.zeros((), jnp.int32) for _ in range(4))
-    watch = fresh_watch()
+    init = make_optimizer(cfg).init
+    placed = shardings(jax.eval_shape(init, trained), mesh)
+    opt_state = jax.jit(init, out_shardings=placed)(trained)
+    # Committed, so that the first step after a restart compiles to what the later ones run.
+    counts = [jnp.zeros((), jnp.int32) for _ in range(4)]
+    counts, watch = jax.device_put((counts, fresh_watch()), replicated(mesh))
+    step, in_a_row, skipped, rollbacks = counts
     return TrainState(step, trained, buffers, opt_state, in_a_row, skipped, rollbacks, watch)
+
+
+def abstract_state(cfg: TrainConfig, model_cfg: ModelConfig, mesh: Mesh | None = None):
+    """`init_state` as ShapeDtypeStructs with their shardings: to compile for, or restore into."""
+    mesh = mesh or single_device_mesh()
+    state = jax.eval_shape(lambda p: init_state(cfg, p, mesh), build(model_cfg)[1])
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings(state, mesh),
+    )
 
 
 def begin_phase(cfg: TrainConfig, state: TrainState) -> TrainState:
@@ -130,7 +157,7 @@ def _loss_and_grad(objective: str, model_cfg: ModelConfig, params, buffers, batc
         return output.loss.total, output
 
     grads, output = jax.grad(total, has_aux=True)(params)
-    return grads, output
+    return keep_stored(grads), output
 
 
 def accumulated(
@@ -146,6 +173,7 @@ def accumulated(
         grads, output = one(batch, context)
     else:
         micro = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+        micro = jax.tree.map(lambda x: constrain(x, None, "batch"), micro)
         first, rest = jax.tree.map(lambda x: x[0], micro), jax.tree.map(lambda x: x[1:], micro)
 
         def add(carry, batch):
@@ -159,16 +187,19 @@ def accumulated(
 
 
 def make_train_step(
-    cfg: TrainConfig, model_cfg: ModelConfig, objective: str
+    cfg: TrainConfig, model_cfg: ModelConfig, objective: str, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch, Context], tuple[TrainState, dict[str, Array]]]:
-    """The jitted step of one objective; the state is donated.
+    """The jitted step of one objective on a mesh (default: one device); the state is donated, and
+    stays where `init_state` put it.
 
     A step that would do harm (see SpikeConfig) leaves parameters and optimizer as they were and is
     counted. Metrics are device scalars: the caller chooses when to wait. `data_checksum` tells
     which rows a step saw.
     """
+    mesh = mesh or single_device_mesh()
     optimizer = make_optimizer(cfg)
 
+    @meshed(mesh)
     def step(state: TrainState, batch: Batch, context: Context):
         grads, output = accumulated(
             objective,
@@ -213,7 +244,13 @@ def make_train_step(
         metrics |= {name: value.mean() for name, value in output.metrics.items()}
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    stored = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, model_cfg, mesh))
+    return jax.jit(
+        step,
+        in_shardings=(stored, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(stored, replicated(mesh)),
+        donate_argnums=0,
+    )
 
 
 def _data_checksum(batch: Batch) -> UInt32[Array, ""]:
@@ -243,24 +280,32 @@ def _imbalance(load: Int[Array, "layers E"]) -> Float[Array, ""]:
 
 
 def make_eval_step(
-    model_cfg: ModelConfig, objective: str
+    model_cfg: ModelConfig, objective: str, mesh: Mesh | None = None
 ) -> Callable[[Params, Batch, Context], LossOutput]:
-    """The objective without a gradient."""
+    """The objective without a gradient; its results are on every device of the mesh (default: the
+    device of the parameters)."""
 
     def evaluate(params, batch, context):
         context = whole_batch_context(objective, batch, context)
         return OBJECTIVES[objective](merge_params(model_cfg, params), batch, context)
 
-    return jax.jit(evaluate)
+    if mesh is None:
+        return jax.jit(evaluate)
+    return jax.jit(
+        meshed(mesh)(evaluate),
+        in_shardings=(None, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=replicated(mesh),
+    )
 
 
 def make_grad_norms_by_rate(
-    model_cfg: ModelConfig, objective: str, buckets: int
+    model_cfg: ModelConfig, objective: str, buckets: int, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch, Context], list[Float[Array, ""]]]:
     """Norm of the gradient from the tokens whose group's mask rate lies in each of `buckets` equal
     ranges of (0, 1]; one backward pass a bucket, so a diagnostic for validation time (§7.1)."""
 
     @jax.jit
+    @meshed(mesh or single_device_mesh())
     def norm(state: TrainState, batch: Batch, context: Context):
         grads, _ = accumulated(objective, model_cfg, state.params, state.buffers, batch, context, 1)
         return optax.tree.norm(grads)

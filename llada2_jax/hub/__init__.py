@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from llada2_jax import checkpoint
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
 from llada2_jax.hub.config import config_from_hf, config_to_hf, special_tokens
 from llada2_jax.hub.huggingface import HFModel, is_hf_folder, read_json, read_tokenizer_files
+from llada2_jax.hub.placing import read_placed
 from llada2_jax.model import build
 from llada2_jax.types import ModelConfig
 
@@ -33,6 +35,7 @@ def load_model(
     mask_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    mesh: Mesh | None = None,
     **config_overrides: Any,
 ) -> ModelBundle:
     """A model from a directory: a checkpoint of ours, a training step, or a Hugging Face folder.
@@ -41,6 +44,8 @@ def load_model(
       path: the directory.
       mask_id, eos_id, pad_id: for Hugging Face folders whose files do not say (see
         `hub.config.special_tokens`); a checkpoint of ours has its ids.
+      mesh: put each part of the parameters on the devices that hold it (see sharding.py), instead
+        of all of them on the default device.
       config_overrides: fields of ModelConfig, e.g. dtype="float32", param_dtype="float32".
 
     Returns: a bundle whose params fit `merge_params(bundle.config, bundle.params)`, cast to the
@@ -55,9 +60,14 @@ def load_model(
     if is_hf_folder(path):
         shapes = {name: leaf.shape for name, leaf in flat.items()}
         model = HFModel(path, bundle.hf_config, shapes)
+    else:
+        model = checkpoint.ParamReader(path / checkpoint.PARAMS)
+    if mesh is not None:
+        leaves = read_placed(model, abstract, mesh)
+    elif isinstance(model, HFModel):
         leaves = model.read_all(lambda name: np.dtype(flat[name].dtype))
     else:
-        leaves = checkpoint.ParamReader(path / checkpoint.PARAMS).read_all()
+        leaves = model.read_all()
     return dataclasses.replace(bundle, params=checkpoint.fill_params(abstract, leaves))
 
 

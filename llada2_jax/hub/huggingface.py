@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from llada2_jax.checkpoint import ArraySpec, CheckpointError, boxes, check_same_names, chunk_shape
+from llada2_jax.checkpoint import (
+    ArraySpec,
+    Box,
+    CheckpointError,
+    boxes,
+    check_same_names,
+    chunk_shape,
+)
 from llada2_jax.hub import names
 from llada2_jax.hub.config import TOKENIZER_FILES, config_from_hf
 from llada2_jax.hub.safetensors_files import TensorFolder
 from llada2_jax.types import ModelConfig
-
-Box = tuple[slice, ...]
 
 
 def is_hf_folder(path: Path) -> bool:

@@ -6,35 +6,30 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from llada2_jax import checkpoint, progress
-from llada2_jax.checkpoint import ArraySpec, CheckpointError, ModelBundle, ParamReader, ParamWriter
+from llada2_jax.checkpoint import (
+    ArraySpec,
+    CheckpointError,
+    ModelBundle,
+    ParamReader,
+    ParamWriter,
+    Source,
+)
 from llada2_jax.hub import config as hub_config
 from llada2_jax.hub import load_bundle, names, param_shapes
-from llada2_jax.hub.huggingface import Box, HFModel, is_hf_folder, read_tokenizer_files
+from llada2_jax.hub.huggingface import HFModel, is_hf_folder, read_tokenizer_files
 from llada2_jax.hub.safetensors_files import DTYPES, TensorFolderWriter
 from llada2_jax.mask_embedding import mask_row
 
 SHARD_BYTES = 5_000_000_000
 _EMBEDDING = "embedding"
 _BIAS = "moe_layers/mlp/router/expert_bias"
-
-
-class Source(Protocol):
-    """Parameters in our layout, readable by slices."""
-
-    specs: dict[str, ArraySpec]
-
-    def read(self, path: str, index: tuple[slice | int, ...] = ()) -> np.ndarray: ...
-
-    def boxes(self, path: str) -> list[Box]:
-        """Slices that cover a parameter, each cheap to read as a whole."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,19 +110,11 @@ def _bundle(source: Path, options: Options) -> ModelBundle:
     )
 
 
-class _OwnModel(ParamReader):
-    """A checkpoint of ours as a Source."""
-
-    def boxes(self, path: str) -> list[Box]:
-        spec = self.specs[path]
-        return list(checkpoint.boxes(spec.shape, checkpoint.chunk_shape(spec)))
-
-
-def _open(source: Path, bundle: ModelBundle) -> HFModel | _OwnModel:
+def _open(source: Path, bundle: ModelBundle) -> HFModel | ParamReader:
     shapes = param_shapes(bundle.config)
     if is_hf_folder(source):
         return HFModel(source, bundle.hf_config, shapes)
-    params = _OwnModel(source / checkpoint.PARAMS)
+    params = ParamReader(source / checkpoint.PARAMS)
     checkpoint.check_shapes(shapes, params.specs)
     return params
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from llada2_jax.sharding import gathered
 from llada2_jax.types import ModelConfig, RopeScaling
 from pallas_kernels.block_layout import HostOrDevice
 
@@ -40,8 +41,8 @@ def normal(cfg: ModelConfig) -> nnx.Initializer:
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale, in fp32, over the last axis."""
 
-    def __init__(self, size: int, axis: str | None, cfg: ModelConfig, rngs: nnx.Rngs):
-        self.scale = parameter(rngs, (size,), (axis,), nnx.initializers.ones, cfg.param_dtype)
+    def __init__(self, size: int, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.scale = parameter(rngs, (size,), ("norm",), nnx.initializers.ones, cfg.param_dtype)
         self.eps = cfg.rms_norm_eps
 
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
@@ -59,8 +60,8 @@ class FeedForward(nnx.Module):
         self.down = parameter(rngs, (width, d), ("mlp", "embed"), normal(cfg), dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate_up = jnp.einsum("...d,dcf->...cf", x, self.gate_up[...].astype(x.dtype))
-        return swiglu(gate_up) @ self.down[...].astype(x.dtype)
+        gate_up = jnp.einsum("...d,dcf->...cf", x, gathered(self.gate_up, x.dtype))
+        return swiglu(gate_up) @ gathered(self.down, x.dtype)
 
 
 def swiglu(gate_up: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from llada2_jax.model.experts import Experts
 from llada2_jax.model.layers import Buffer, FeedForward, normal, parameter
+from llada2_jax.sharding import cut, gathered, on_shards, sum_over
 from llada2_jax.types import ModelConfig
 
 
@@ -27,7 +28,7 @@ class Router(nnx.Module):
     ) -> tuple[Int[Array, "tokens k"], Float[Array, "tokens k"]]:
         """Expert ids and their weights, fp32."""
         cfg = self.cfg
-        kernel = self.kernel[...].astype(jnp.float32)
+        kernel = gathered(self.kernel, jnp.float32)
         scores = jax.nn.sigmoid(x.astype(jnp.float32) @ kernel)
         biased = jax.lax.stop_gradient(scores) + self.expert_bias[...].astype(jnp.float32)
         experts = _group_limited_topk(biased, cfg)
@@ -60,8 +61,19 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, Int[Array, " E"]]:
         """The mixture's output and how many tokens each expert got."""
+        graphdef, params = nnx.split(self)
+
+        def mix(params, x):
+            return nnx.merge(graphdef, params)._mix(x)
+
+        tokens = cut("batch", "length")
+        return on_shards(mix, params, x, specs=[tokens], out_specs=(tokens, cut()))
+
+    def _mix(self, x: Float[Array, "B T D"]) -> tuple[Array, Int[Array, " E"]]:
+        """Of a device's tokens, with its part of the width of every expert."""
         flat = x.reshape(-1, x.shape[-1])
         experts, weights = self.router(flat)
-        routed, load = self.experts(flat, experts, weights)
-        out = routed.reshape(x.shape)
-        return (out + self.shared(x) if hasattr(self, "shared") else out), load
+        load = jnp.bincount(experts.reshape(-1), length=self.router.cfg.num_experts)
+        out = self.experts(flat, experts, weights).reshape(x.shape)
+        out = out + self.shared(x) if hasattr(self, "shared") else out
+        return sum_over(out, "mlp"), sum_over(load, "batch", "length")

@@ -7,12 +7,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from llada2_jax import remat
 from llada2_jax.model.attention import Attention, KVCache
 from llada2_jax.model.layers import FeedForward, RMSNorm, normal, parameter, rotary_tables
 from llada2_jax.model.moe import MoE
+from llada2_jax.sharding import constrain, gathered, shardings
 from llada2_jax.types import ModelConfig, Params
 from pallas_kernels.block_attention.decode import ContiguousCache, PagedCache
 from pallas_kernels.block_layout import BlockLayout, HostOrDevice
@@ -33,9 +35,9 @@ class Layer(nnx.Module):
     """Pre-norm attention, then a dense feed-forward or a mixture of experts."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, *, moe: bool):
-        self.attention_norm = RMSNorm(cfg.hidden_size, "embed", cfg, rngs)
+        self.attention_norm = RMSNorm(cfg.hidden_size, cfg, rngs)
         self.attention = Attention(cfg, rngs)
-        self.mlp_norm = RMSNorm(cfg.hidden_size, "embed", cfg, rngs)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, cfg, rngs)
         self.mlp = MoE(cfg, rngs) if moe else FeedForward(cfg.intermediate_size, cfg, rngs)
 
     def __call__(self, x, rotary, layout, cache):
@@ -72,7 +74,7 @@ class Transformer(nnx.Module):
             self.dense_layers = _stack(cfg, rngs, cfg.num_dense_layers, moe=False)
         if cfg.num_moe_layers:
             self.moe_layers = _stack(cfg, rngs, cfg.num_moe_layers, moe=True)
-        self.final_norm = RMSNorm(d, "embed", cfg, rngs)
+        self.final_norm = RMSNorm(d, cfg, rngs)
         if not cfg.tie_word_embeddings:
             self.head = parameter(rngs, (d, v), ("embed", "vocab"), normal(cfg), dtype)
         self.cfg = cfg
@@ -101,6 +103,7 @@ class Transformer(nnx.Module):
         x = self.embedding[...].astype(self.cfg.dtype)[tokens]
         if embedding_noise is not None:
             x = x + embedding_noise.astype(x.dtype)
+        x = constrain(x, "batch", "length", None)
         rotary = rotary_tables(self.cfg, positions)
         kvs, loads, first = [], [], 0
         for stack, count in self._stacks():
@@ -116,17 +119,15 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits."""
-        kernel, vocab_axis = self.output_weights
-        kernel = jnp.moveaxis(kernel, vocab_axis, 1).astype(hidden.dtype)
+        param, vocab_axis = self.output_parameter
+        kernel = jnp.moveaxis(gathered(param, hidden.dtype), vocab_axis, 1)
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
     @property
-    def output_weights(self) -> tuple[Float[Array, "..."], int]:
+    def output_parameter(self) -> tuple[nnx.Variable, int]:
         """The head's weights, and which of their axes is the vocabulary. A loss takes them with
         the hidden states (pallas_kernels.vocab_loss) instead of logits of all tokens."""
-        if self.cfg.tie_word_embeddings:
-            return self.embedding[...], 0
-        return self.head[...], 1
+        return (self.embedding, 0) if self.cfg.tie_word_embeddings else (self.head, 1)
 
     def _stacks(self) -> list[tuple[Layer, int]]:
         stacks = []
@@ -143,6 +144,7 @@ class Transformer(nnx.Module):
             params, cache = layer
             module = nnx.merge(graphdef, params)
             x, kv, load = module(x, rotary, layout, cache)
+            x = constrain(x, "batch", "length", None)
             return x, (kv if return_kv else None, load)
 
         x, (kv, load) = jax.lax.scan(remat.POLICIES[self.cfg.remat](body), x, (params, cache))
@@ -156,9 +158,11 @@ def build(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     return graphdef, params
 
 
-def init_params(cfg: ModelConfig, seed: int) -> Params:
-    """Freshly initialised parameters."""
-    return jax.jit(lambda: nnx.state(Transformer(cfg, nnx.Rngs(seed))))()
+def init_params(cfg: ModelConfig, seed: int, mesh: Mesh | None = None) -> Params:
+    """Freshly initialised parameters, cut by the mesh as they are made; their values do not depend
+    on it."""
+    placed = None if mesh is None else shardings(build(cfg)[1], mesh)
+    return jax.jit(lambda: nnx.state(Transformer(cfg, nnx.Rngs(seed))), out_shardings=placed)()
 
 
 def merge_params(cfg: ModelConfig, params: Params) -> Transformer:

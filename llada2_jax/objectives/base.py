@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llada2_jax.config import CapConfig, DPOConfig, NoiseConfig
 from llada2_jax.model import Transformer
+from llada2_jax.sharding import cut, gathered, manual_axis, on_shards, sum_over
 from llada2_jax.types import Batch, WeightedSum
 from pallas_kernels.block_layout import HostOrDevice, Scalar
-from pallas_kernels.vocab_loss import TokenStats, vocab_loss
+from pallas_kernels.vocab_loss import TokenStats, token_losses, vocab_loss
 
 
 @jax.tree_util.register_dataclass
@@ -81,16 +82,44 @@ def weighted_nll(
     """Σ weights · −log p(target) under the model's head, and the statistics of the tokens whose
     weight is not 0. Logits of all tokens never exist. entropy_weights, temperature: see
     `vocab_loss`."""
-    head, vocab_axis = model.output_weights
-    return vocab_loss(
-        hidden,
-        head,
-        jnp.asarray(targets),
-        weights,
-        entropy_weights=entropy_weights,
-        temperature=temperature,
-        vocab_axis=vocab_axis,
-    )
+
+    def loss(hidden, head, targets, weights, entropy_weights, **options):
+        total, stats = vocab_loss(
+            *(hidden, head, targets, weights),
+            entropy_weights=entropy_weights,
+            temperature=temperature,
+            **options,
+        )
+        return sum_over(total, "batch", "length"), stats
+
+    per_token = targets, weights, entropy_weights
+    return _with_head(loss, model, hidden, *per_token, out_specs=(cut(), _TOKENS))
+
+
+def token_nll(
+    model: Transformer,
+    hidden: Float[Array, "B L D"],
+    targets: Int[HostOrDevice, "B L"],
+    where: Bool[Array, "B L"],
+) -> TokenStats:
+    """−log p(target) of each token `where` says so, differentiable, and its other statistics."""
+    return _with_head(token_losses, model, hidden, targets, where, out_specs=_TOKENS)
+
+
+_TOKENS = cut("batch", "length")
+
+
+def _with_head(function, model: Transformer, hidden, targets, *others, out_specs):
+    """function(hidden, head, targets, *others), on each device's tokens and vocabulary."""
+    param, vocab_axis = model.output_parameter
+
+    def local(param, hidden, *per_token):
+        options = {"vocab_axis": vocab_axis, "axis_name": manual_axis("vocab")}
+        return function(hidden, gathered(param, param.dtype), *per_token, **options)
+
+    arrays = hidden, jnp.asarray(targets), *others
+    specs = [_TOKENS] * len(arrays)
+    return on_shards(local, param, *arrays, specs=specs, out_specs=out_specs)
 
 
 def weighted(values: HostOrDevice, weights: HostOrDevice) -> WeightedSum:

@@ -10,11 +10,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llada2_jax.diffusion import Noised, corrupt
 from llada2_jax.model import Transformer
-from llada2_jax.objectives.base import Context, LossOutput, prediction_metrics, weighted
+from llada2_jax.objectives.base import (
+    Context,
+    LossOutput,
+    prediction_metrics,
+    token_nll,
+    weighted,
+)
 from llada2_jax.objectives.bdlm import noisy_hidden
 from llada2_jax.types import Batch, WeightedSum
 from pallas_kernels.block_layout import block_index
-from pallas_kernels.vocab_loss import TokenStats, token_losses
+from pallas_kernels.vocab_loss import TokenStats
 
 
 def dpo_objective(model: Transformer, batch: Batch, context: Context) -> LossOutput:
@@ -83,10 +89,7 @@ def _bound_shares(
     copies = noised.tokens.shape[0] // block.shape[0]
     rows, block = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), (batch, block))
     hidden, load = noisy_hidden(model, rows, noised, block, context, clean_half=True)
-    head, vocab_axis = model.output_weights
-    stats = token_losses(
-        hidden, head, jnp.asarray(rows.tokens), noised.noise_mask, vocab_axis=vocab_axis
-    )
+    stats = token_nll(model, hidden, rows.tokens, noised.noise_mask)
     shares = -noised.weight * stats.nll
     shares = shares.reshape(-1, copies, shares.shape[1]).mean(1)
     return shares, noised.noise_mask, stats, load

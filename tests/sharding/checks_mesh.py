@@ -1,0 +1,184 @@
+"""A training step on a mesh is the step on one device."""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from llada2_jax.config import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    default_config,
+    model_dict,
+    validate,
+)
+from llada2_jax.diffusion import corrupt
+from llada2_jax.metrics import read_metrics
+from llada2_jax.model import build
+from llada2_jax.sharding import (
+    check_cut,
+    check_mesh,
+    format_placements,
+    mesh_sizes,
+    place_batch,
+    placements,
+)
+from llada2_jax.train import train
+from llada2_jax.train_step import init_state, make_context, make_train_step
+from pallas_kernels.block_layout import block_index
+from tests.helpers import config
+from tests.sharding.helpers import (
+    CFG,
+    LENGTH,
+    MASK,
+    MODEL,
+    assert_equal,
+    gradients,
+    mesh_of,
+    params,
+    rows,
+)
+from tests.tiny_run import VOCAB, write_corpus
+
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"model": 2},
+    {"expert": 8},
+    {"fsdp": 4, "expert": 2},
+    {"data": 2, "fsdp": 2, "model": 2},
+    {"fsdp": 2, "expert": 2, "model": 2},
+]
+
+
+@functools.cache
+def on_one_device(objective="bdlm", **changes):
+    return gradients(mesh_of(), objective, model=dataclasses.replace(MODEL, **changes))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_gradients(sizes):
+    assert_equal(gradients(mesh_of(**sizes)), on_one_device())
+
+
+@pytest.mark.parametrize(
+    "objective, changes",
+    [("ar", {}), ("mdlm", {}), ("bdlm", {"tie_word_embeddings": True, "remat": "full"})],
+)
+def test_gradients_of_other_objectives_and_models(objective, changes):
+    mesh, model = mesh_of(fsdp=2, expert=2, model=2), dataclasses.replace(MODEL, **changes)
+    assert_equal(gradients(mesh, objective, model=model), on_one_device(objective, **changes))
+
+
+def test_gradients_of_micro_batches():
+    cfg = dataclasses.replace(CFG, optimizer=OptimizerConfig(accumulate=2))
+    assert_equal(gradients(mesh_of(fsdp=2, expert=2), cfg=cfg), on_one_device())
+
+
+def test_ragged_dot():
+    model = dataclasses.replace(MODEL, experts_backend="ragged_dot")
+    assert_equal(gradients(mesh_of(fsdp=2, expert=4), model=model), on_one_device())
+
+
+def test_noise_is_the_same_bit_for_bit():
+    def noised(batch):
+        block = block_index(batch.positions, 4, "document")
+        return corrupt(batch, block, 4, CFG.noise, mask_id=MASK, seed=3)
+
+    single = jax.jit(noised)(rows())
+    spread = jax.jit(noised)(place_batch(rows(), mesh_of(data=2, fsdp=2, expert=2)))
+    for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(single), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert len(spread[0].tokens.sharding.device_set) == 8
+
+
+def test_a_step_compiles_once_and_leaves_the_state_where_it_is():
+    mesh = mesh_of(fsdp=2, expert=2, model=2)
+    step = make_train_step(CFG, MODEL, "bdlm", mesh)
+    state = init_state(CFG, jax.tree.map(np.asarray, params()), mesh)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    for _ in range(3):
+        state, _ = step(state, place_batch(rows(), mesh), make_context(CFG, 4, MASK))
+    assert step._cache_size() == 1
+    assert jax.tree.map(lambda x: x.sharding, state) == before
+    moment = state.opt_state[1][0].mu["moe_layers"]["mlp"]["experts"]["gate_up"][...]
+    assert moment.addressable_shards[0].data.shape == (3, 8, 8, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_corpus(folder)
+    return folder
+
+
+def run(folder, workdir, **sizes):
+    """Trains 4 steps; {step: loss, gradient's norm, checksum of the rows}."""
+    made = default_config()
+    model = dataclasses.replace(MODEL, vocab_size=VOCAB)
+    with made.unlocked():
+        made.model = {k: v for k, v in model_dict(model).items() if v is not None}
+    made.workdir = str(folder / workdir)
+    made.data.source, made.data.tokenizer = str(folder / "corpus"), str(folder / "tokenizer")
+    made.data.row_length, made.data.rows_per_step = 32, 8
+    made.schedule.warmup_blocks, made.schedule.warmup_tokens = (4,), 4 * 8 * 32
+    made.eval.rows, made.eval.rate_buckets = 8, 2
+    made.checkpoint.every_tokens = 2 * 8 * 32
+    made.runtime.dtype, made.log_every = "float32", 1
+    for axis, size in sizes.items():
+        made.mesh[axis] = size
+    train(validate(made))
+    names = ("loss", "grad_norm", "data_checksum")
+    found = {m["step"]: [m[n] for n in names] for m in read_metrics(folder / workdir, "train")}
+    return found, [m["bits_per_byte"] for m in read_metrics(folder / workdir, "validation")]
+
+
+def test_a_run_goes_on_under_another_mesh(folder, capfd):
+    whole = run(folder, "whole", fsdp=2, expert=2, model=2)
+    assert "moe_layers/mlp/experts/gate_up" in capfd.readouterr().err
+    shutil.copytree(folder / "whole", folder / "other")
+    shutil.rmtree(folder / "other" / "checkpoints" / "4")
+    other = run(folder, "other", data=2, fsdp=-1, expert=1)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5)
+    assert list(other[0]) == [1, 2, 3, 4]
+
+
+def test_sizes():
+    assert mesh_sizes(MeshConfig(), 8)["fsdp"] == 8
+    assert mesh_sizes(MeshConfig(fsdp=2, model=-1), 8)["model"] == 4
+    with pytest.raises(ConfigError, match=r"\(data=3\) does not make up 8 devices"):
+        mesh_sizes(MeshConfig(data=3), 8)
+
+
+@pytest.mark.parametrize(
+    "sizes, problem",
+    [
+        ({"model": 4}, r"mesh\.model=4 does not divide the model's num_kv_heads=2"),
+        ({"expert": 3}, r"mesh\.expert=3 does not divide the model's num_experts=16"),
+        ({"data": 8}, r"micro-batches of 4 rows, which do not divide among the 8 groups"),
+    ],
+)
+def test_what_does_not_divide(sizes, problem):
+    cfg = dataclasses.replace(CFG, data=DataConfig(row_length=LENGTH, rows_per_step=4))
+    with pytest.raises(ConfigError, match=problem):
+        check_mesh(cfg, MODEL, mesh_of(**sizes))
+
+
+def test_nothing_large_is_left_whole():
+    """A hidden size of 4098 = 2 x 2049 is not cut by a mesh of fsdp 8, but in half by its first
+    axis if that is 2."""
+    abstract = build(config(vocab_size=4096, hidden_size=4098))[1]
+    whole = mesh_of(fsdp=8)
+    with pytest.raises(ConfigError, match=r"embedding \(4096, 4098\) would be whole on every dev"):
+        check_cut(placements(abstract, whole), whole)
+    for mesh in (mesh_of(data=8), mesh_of(fsdp=2, expert=4)):
+        check_cut(placements(abstract, mesh), mesh)
+    (found,) = (p for p in placements(abstract, mesh) if p.name == "embedding")
+    assert found.bytes_per_device == 4096 * 4098 * 4 // 2
+    assert "4096×4098" in format_placements([found]) and "fsdp" in format_placements([found])

@@ -1,0 +1,84 @@
+"""What the checks on 8 devices share: a model whose axes every mesh divides, and rows."""
+
+import functools
+
+import jax
+import numpy as np
+
+from llada2_jax.config import DataConfig, MeshConfig, TrainConfig
+from llada2_jax.sharding import make_mesh, place_batch, shardings
+from llada2_jax.train_step import accumulated, init_state, make_context, meshed
+from tests.helpers import config, make_batch, random_params
+
+MODEL = config(
+    vocab_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    num_experts=16,
+    experts_per_token=4,
+    n_group=4,
+    topk_group=2,
+)
+ROWS, LENGTH, MASK = 8, 16, 31
+CFG = TrainConfig(data=DataConfig(row_length=LENGTH, rows_per_step=ROWS))
+
+
+def mesh_of(**sizes: int):
+    """A mesh of these sizes; fsdp is 1 unless it is given."""
+    sizes = {"fsdp": 1} | sizes
+    return make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+@functools.cache
+def rows(count: int = ROWS, length: int = LENGTH):
+    """Packed rows: documents that cut blocks, padding, and tokens that are not supervised."""
+    rng = np.random.default_rng(0)
+    ends = np.sort(rng.integers(1, length, (count, 2)), axis=1)
+    segments = 1 + (np.arange(length) >= ends[..., None]).sum(1)
+    segments[:, -2:] = 0
+    return make_batch(
+        rng.integers(0, MASK, (count, length)),
+        segments,
+        document_ids=segments + 10 * np.arange(count)[:, None],
+        loss_mask=rng.random((count, length)) < 0.9,
+    )
+
+
+@functools.cache
+def params(model=MODEL):
+    return random_params(model, 0, 0.3)
+
+
+def gradients(mesh, objective="bdlm", *, cfg=CFG, model=MODEL, batch=None):
+    """(loss, expert load, gradients) of a batch, as NumPy."""
+    batch = rows() if batch is None else batch
+    state = init_state(cfg, jax.tree.map(np.asarray, params(model)), mesh)
+
+    @jax.jit
+    @meshed(mesh)
+    def run(params, buffers, batch, context):
+        n = cfg.optimizer.accumulate
+        grads, output = accumulated(objective, model, params, buffers, batch, context, n)
+        return output.loss.mean(), output.expert_load, grads
+
+    context = make_context(cfg, LENGTH if objective == "mdlm" else 4, MASK, sigma=0.1)
+    *results, grads = run(state.params, state.buffers, place_batch(batch, mesh), context)
+    for grad, placed in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(shardings(state.params, mesh)), strict=True
+    ):
+        assert grad.sharding.is_equivalent_to(placed, grad.ndim)
+    return jax.tree.map(np.asarray, (*results, grads))
+
+
+def assert_equal(mine, single) -> None:
+    """Loss and every gradient within 1e-5 of their size; the same tokens to the same experts."""
+    (loss, load, grads), (loss_1, load_1, grads_1) = mine, single
+    np.testing.assert_allclose(loss, loss_1, rtol=1e-5)
+    np.testing.assert_array_equal(load, load_1)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(grads_1), strict=True
+    ):
+        assert np.abs(b).max() > 0, path
+        worst = np.abs(a - b).max() / np.abs(b).max()
+        assert worst < 1e-5, (jax.tree_util.keystr(path), worst)
