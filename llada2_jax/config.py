@@ -209,6 +209,8 @@ class OptimizerConfig:
     final_fraction · learning_rate. accumulate: micro-batches a step. reset_each_phase: forget the
     moments when a phase begins. expert_bias_rate: step of the auxiliary-loss-free load balancing
     (Ling's pretraining: 1e-3; not published for the conversion; 0: the bias stays).
+    router_z_loss: weight of Σ logsumexp(router logits)² over positions and layers, divided as the
+    loss is (Ling's pretraining: 3.5e-6; not published for the conversion; 0: off).
     max_consecutive_skips: this many
     skipped steps in a row (see SpikeConfig) end the run."""
 
@@ -224,6 +226,7 @@ class OptimizerConfig:
     accumulate: int = 1
     reset_each_phase: bool = False
     expert_bias_rate: float = 0.0
+    router_z_loss: float = 0.0
     max_consecutive_skips: int = 5
 
 
@@ -275,11 +278,15 @@ class SpikeConfig:
 
     non_finite: the loss or the gradient's norm is not a number. loss, grad_norm: it lies more than
     `deviations` standard deviations above its moving average over about `window` steps of the same
-    phase; judged once a phase is `window` steps old. max_rollbacks: of a whole run."""
+    phase; judged once a phase is `window` steps old. expert_overflow: devices were chosen for more
+    pairs of tokens and experts than runtime.expert_buffer has room for, and the step did without
+    some; where that is ignored, the metric `expert_overflow` counts them. max_rollbacks: of a whole
+    run."""
 
     non_finite: str = "skip"
     loss: str = "ignore"
     grad_norm: str = "ignore"
+    expert_overflow: str = "stop"
     deviations: float = 6.0
     window: int = 128
     max_rollbacks: int = 10
@@ -288,12 +295,18 @@ class SpikeConfig:
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
     """How to compute, not what: dtypes, kernels, recomputation. attention_backend: "auto" takes the
-    fastest kernel that proves itself on the device at hand (docs/kernels.md)."""
+    fastest kernel that proves itself on the device at hand (docs/kernels.md). expert_buffer: room
+    for pairs of tokens and experts on a device of mesh axis `expert`, in units of a balanced load
+    (see spikes.expert_overflow); 0: the worst case, which nothing overflows. expert_exchange: how
+    tokens reach the devices of their experts, "gather" or "ragged"; "auto" is "gather" on up to 8
+    devices (docs/parallelism.md)."""
 
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     attention_backend: str = "auto"
     experts_backend: str = "tiles"
+    expert_buffer: float = 2.0
+    expert_exchange: str = "auto"
     remat: str = "none"
 
 
@@ -469,9 +482,11 @@ CHOICES = {
     "init.mask_embedding": mask_embedding.CHOICES,
     "spikes.non_finite": ("skip", "rollback", "stop"),
     "spikes.loss": ("ignore", "skip", "rollback", "stop"),
+    "spikes.expert_overflow": ("ignore", "skip", "rollback", "stop"),
     "spikes.grad_norm": ("ignore", "skip", "rollback", "stop"),
     "reference.memory": ("device", "host"),
     "runtime.attention_backend": block_attention.BACKENDS,
+    "runtime.expert_exchange": ("auto", "gather", "ragged"),
     "runtime.experts_backend": grouped_matmul.BACKENDS,
     "runtime.remat": tuple(remat.POLICIES),
     "runtime.dtype": ("bfloat16", "float32"),
@@ -515,6 +530,8 @@ _FRACTIONS = (
     "optimizer.final_fraction",
 )
 _NOT_NEGATIVE = (
+    "runtime.expert_buffer",
+    "optimizer.router_z_loss",
     "schedule.ar_tokens",
     "schedule.warmup_tokens",
     "schedule.stable_tokens",

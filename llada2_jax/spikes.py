@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llada2_jax.config import SpikeConfig
 
-EVENTS = ("non_finite", "loss", "grad_norm")  # fields of SpikeConfig, in the order of `events`
+EVENTS = ("non_finite", "loss", "grad_norm", "expert_overflow")
+"""Fields of SpikeConfig, in the order of `judge`'s events."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +32,12 @@ def fresh_watch() -> SpikeWatch:
 
 
 def judge(
-    cfg: SpikeConfig, watch: SpikeWatch, loss: Float[Array, ""], grad_norm: Float[Array, ""]
-) -> tuple[SpikeWatch, Bool[Array, ""], Bool[Array, "3"]]:
+    cfg: SpikeConfig,
+    watch: SpikeWatch,
+    loss: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+    overflowed: Bool[Array, ""] | bool = False,
+) -> tuple[SpikeWatch, Bool[Array, ""], Bool[Array, "4"]]:
     """(the watch after this step, whether to apply its update, which of EVENTS it was)."""
     values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
     decay = jnp.float32(1 - 1 / cfg.window)
@@ -43,7 +48,7 @@ def judge(
     limit = mean + cfg.deviations * jnp.sqrt(variance)
     finite = jnp.isfinite(values).all()
     spiked = finite & (watch.count >= cfg.window) & (values > limit)
-    events = jnp.concatenate([~finite[None], spiked])
+    events = jnp.concatenate([~finite[None], spiked, jnp.asarray(overflowed)[None]])
     heeded = jnp.asarray([getattr(cfg, name) != "ignore" for name in EVENTS])
     applied = ~(events & heeded).any()
     seen = SpikeWatch(

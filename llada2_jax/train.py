@@ -403,9 +403,7 @@ def _log(run: Run, pending: _Pending) -> tuple[str, str, int] | None:
     """
     cfg, rate = run.cfg, learning_rate(run.cfg.optimizer, run.cfg.total_steps)
     steps, called_for = len(pending.steps), None
-    fetched = [
-        {k: float(v) for k, v in jax.device_get(metrics).items()} for *_, metrics in pending.steps
-    ]
+    fetched = [_scalars(jax.device_get(metrics)) for *_, metrics in pending.steps]
     elapsed = time.perf_counter() - pending.since
     for (step, phase, _), values in zip(pending.steps, fetched, strict=True):
         called_for = called_for or _call(cfg, step, values)
@@ -429,6 +427,18 @@ def _log(run: Run, pending: _Pending) -> tuple[str, str, int] | None:
             "them; lower optimizer.learning_rate, or look at the data of these steps"
         )
     return called_for
+
+
+def _scalars(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """As they are logged: what has a value a layer is `name/0`, `name/1`, ..., and `name`, the
+    largest."""
+    found = {}
+    for name, value in metrics.items():
+        if np.ndim(value):
+            found |= {f"{name}/{i}": float(x) for i, x in enumerate(value)}
+        if np.size(value):
+            found[name] = float(np.max(value))
+    return found
 
 
 def _call(cfg: TrainConfig, step: int, values: dict[str, float]) -> tuple[str, str, int] | None:

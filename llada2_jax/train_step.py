@@ -29,7 +29,7 @@ from llada2_jax.sharding import (
     single_device_mesh,
 )
 from llada2_jax.spikes import EVENTS, SpikeWatch, fresh_watch, judge
-from llada2_jax.types import Batch, ModelConfig, Params
+from llada2_jax.types import Batch, ExpertLoad, ModelConfig, Params
 
 
 @jax.tree_util.register_dataclass
@@ -148,27 +148,36 @@ def make_context(
     )
 
 
-def _loss_and_grad(objective: str, model_cfg: ModelConfig, params, buffers, batch, context):
+def _loss_and_grad(
+    objective: str, model_cfg: ModelConfig, router_z_loss: float, params, buffers, batch, context
+):
     """Sum of the loss and its gradient over one micro-batch; nothing is divided here."""
 
     def total(params):
         model = merge_params(model_cfg, nnx.merge_state(params, buffers))
         output = OBJECTIVES[objective](model, batch, context)
-        return output.loss.total, output
+        return output.loss.total + router_z_loss * output.expert_load.z.sum(), output
 
     grads, output = jax.grad(total, has_aux=True)(params)
     return keep_stored(grads), output
 
 
 def accumulated(
-    objective: str, model_cfg: ModelConfig, params, buffers, batch: Batch, context: Context, n: int
+    objective: str,
+    model_cfg: ModelConfig,
+    params,
+    buffers,
+    batch: Batch,
+    context: Context,
+    n: int,
+    router_z_loss: float = 0.0,
 ) -> tuple[Params, LossOutput]:
     """Gradient of the summed loss over n micro-batches, divided once by the whole denominator.
 
     How the batch is cut therefore leaves the gradient alone. The output's sums run over all rows.
     """
     context = whole_batch_context(objective, batch, context)
-    one = functools.partial(_loss_and_grad, objective, model_cfg, params, buffers)
+    one = functools.partial(_loss_and_grad, objective, model_cfg, router_z_loss, params, buffers)
     if n == 1:
         grads, output = one(batch, context)
     else:
@@ -209,10 +218,13 @@ def make_train_step(
             batch,
             context,
             cfg.optimizer.accumulate,
+            cfg.optimizer.router_z_loss,
         )
         norm = optax.tree.norm(grads)
         loss = output.loss.mean()
-        watch, applied, events = judge(cfg.spikes, state.watch, loss, norm)
+        load = output.expert_load
+        overflow = load.overflow.sum()
+        watch, applied, events = judge(cfg.spikes, state.watch, loss, norm, overflow > 0)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -224,7 +236,7 @@ def make_train_step(
         new_state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
-            buffers=keep(_balanced(cfg, state.buffers, output.expert_load), state.buffers),
+            buffers=keep(_balanced(cfg, state.buffers, load.tokens), state.buffers),
             opt_state=_at_step(keep(opt_state, state.opt_state), state.step + 1),
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
             skipped=state.skipped + skip,
@@ -238,7 +250,9 @@ def make_train_step(
             "skipped_in_a_row": new_state.skipped_in_a_row,
             "data_checksum": _data_checksum(batch),
             "mask_embedding_norm": jnp.linalg.norm(state.params["embedding"][...][context.mask_id]),
-            "expert_load_max_over_mean": _imbalance(output.expert_load),
+            "expert_load_max_over_mean": _imbalance(load.tokens),
+            "expert_overflow": overflow,
+            "router_z": _router_z(load, model_cfg),
         }
         metrics |= {f"spike_{name}": events[i] for i, name in enumerate(EVENTS)}
         metrics |= {name: value.mean() for name, value in output.metrics.items()}
@@ -271,12 +285,16 @@ def _balanced(cfg: TrainConfig, buffers: Params, load: Int[Array, "layers E"]) -
     return jax.tree.map(lambda bias: bias + delta.astype(bias.dtype), buffers)
 
 
-def _imbalance(load: Int[Array, "layers E"]) -> Float[Array, ""]:
-    """Largest load of an expert over the mean load, the worst layer."""
-    if not load.size:
-        return jnp.ones(())
+def _imbalance(load: Int[Array, "layers E"]) -> Float[Array, " layers"]:
+    """Largest load of an expert over the mean load, of each MoE layer."""
     load = load.astype(jnp.float32)
-    return (load.max(-1) / jnp.maximum(load.mean(-1), 1e-9)).max()
+    return load.max(-1) / jnp.maximum(load.mean(-1), 1e-9)
+
+
+def _router_z(load: ExpertLoad, model_cfg: ModelConfig) -> Float[Array, ""]:
+    """Mean logsumexp(router logits)² over positions and layers."""
+    positions = load.tokens.sum().astype(jnp.float32) / model_cfg.experts_per_token
+    return load.z.sum() / jnp.maximum(positions, 1.0)
 
 
 def make_eval_step(

@@ -67,6 +67,8 @@ class ModelConfig:
     param_dtype: str = "float32"
     attention_backend: str = "auto"
     experts_backend: str = "tiles"
+    expert_buffer: float = 2.0
+    expert_exchange: str = "auto"
     remat: str = "none"
 
     @property
@@ -133,6 +135,18 @@ class WeightedSum:
 
     def __add__(self, other: WeightedSum) -> WeightedSum:
         return WeightedSum(self.total + other.total, self.weight + other.weight)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertLoad:
+    """What routers did, of each MoE layer. tokens: int32, pairs an expert got. overflow: int32,
+    pairs that found no room on their expert's device (see RuntimeConfig.expert_buffer) and were
+    left out. z: fp32, Σ logsumexp(logits)² over positions."""
+
+    tokens: Int[Array, "layers E"]
+    overflow: Int[Array, " layers"]
+    z: Float[Array, " layers"]
 
 
 DTYPES = ("bfloat16", "float16", "float32")

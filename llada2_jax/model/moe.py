@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from llada2_jax.model.experts import Experts
 from llada2_jax.model.layers import Buffer, FeedForward, normal, parameter
 from llada2_jax.sharding import cut, gathered, on_shards, sum_over
-from llada2_jax.types import ModelConfig
+from llada2_jax.types import ExpertLoad, ModelConfig
 
 
 class Router(nnx.Module):
@@ -25,17 +25,17 @@ class Router(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "tokens D"]
-    ) -> tuple[Int[Array, "tokens k"], Float[Array, "tokens k"]]:
-        """Expert ids and their weights, fp32."""
+    ) -> tuple[Int[Array, "tokens k"], Float[Array, "tokens k"], Float[Array, "tokens E"]]:
+        """Expert ids, their weights and the logits of all experts, fp32."""
         cfg = self.cfg
-        kernel = gathered(self.kernel, jnp.float32)
-        scores = jax.nn.sigmoid(x.astype(jnp.float32) @ kernel)
+        logits = x.astype(jnp.float32) @ gathered(self.kernel, jnp.float32)
+        scores = jax.nn.sigmoid(logits)
         biased = jax.lax.stop_gradient(scores) + self.expert_bias[...].astype(jnp.float32)
         experts = _group_limited_topk(biased, cfg)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if cfg.norm_topk_prob and cfg.experts_per_token > 1:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-        return experts, weights * cfg.routed_scaling_factor
+        return experts, weights * cfg.routed_scaling_factor, logits
 
 
 def _group_limited_topk(scores: Float[Array, "tokens E"], cfg: ModelConfig):
@@ -59,8 +59,8 @@ class MoE(nnx.Module):
             width = cfg.moe_intermediate_size * cfg.num_shared_experts
             self.shared = FeedForward(width, cfg, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, Int[Array, " E"]]:
-        """The mixture's output and how many tokens each expert got."""
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, ExpertLoad]:
+        """The mixture's output and what the router did."""
         graphdef, params = nnx.split(self)
 
         def mix(params, x):
@@ -69,11 +69,17 @@ class MoE(nnx.Module):
         tokens = cut("batch", "length")
         return on_shards(mix, params, x, specs=[tokens], out_specs=(tokens, cut()))
 
-    def _mix(self, x: Float[Array, "B T D"]) -> tuple[Array, Int[Array, " E"]]:
+    def _mix(self, x: Float[Array, "B T D"]) -> tuple[Array, ExpertLoad]:
         """Of a device's tokens, with its part of the width of every expert."""
         flat = x.reshape(-1, x.shape[-1])
-        experts, weights = self.router(flat)
-        load = jnp.bincount(experts.reshape(-1), length=self.router.cfg.num_experts)
-        out = self.experts(flat, experts, weights).reshape(x.shape)
+        experts, weights, logits = self.router(flat)
+        out, overflow = self.experts(flat, experts, weights)
+        out = out.reshape(x.shape)
         out = out + self.shared(x) if hasattr(self, "shared") else out
-        return sum_over(out, "mlp"), sum_over(load, "batch", "length")
+        load = ExpertLoad(
+            tokens=jnp.bincount(experts.reshape(-1), length=self.router.cfg.num_experts),
+            overflow=overflow,
+            z=(jax.nn.logsumexp(logits, axis=-1) ** 2).sum(),
+        )
+        load = jax.tree.map(lambda part: sum_over(part, "batch", "length"), load)
+        return sum_over(out, "mlp"), load

@@ -15,7 +15,7 @@ from llada2_jax.model.attention import Attention, KVCache
 from llada2_jax.model.layers import FeedForward, RMSNorm, normal, parameter, rotary_tables
 from llada2_jax.model.moe import MoE
 from llada2_jax.sharding import constrain, gathered, shardings
-from llada2_jax.types import ModelConfig, Params
+from llada2_jax.types import ExpertLoad, ModelConfig, Params
 from pallas_kernels.block_attention.decode import ContiguousCache, PagedCache
 from pallas_kernels.block_layout import BlockLayout, HostOrDevice
 
@@ -24,11 +24,11 @@ from pallas_kernels.block_layout import BlockLayout, HostOrDevice
 @dataclasses.dataclass(frozen=True)
 class Output:
     """hidden: [B, T, D] after the final norm. kv: keys and values of these positions, all layers
-    (None unless asked for). expert_load: int32 [MoE layers, E], tokens an expert."""
+    (None unless asked for). expert_load: of the MoE layers."""
 
     hidden: Float[Array, "B T D"]
     kv: KVCache | None
-    expert_load: Int[Array, "layers E"]
+    expert_load: ExpertLoad
 
 
 class Layer(nnx.Module):
@@ -114,7 +114,7 @@ class Transformer(nnx.Module):
             first += count
         kv = jax.tree.map(lambda *a: jnp.concatenate(a), *kvs) if return_kv else None
         loads = [load for load in loads if load is not None]
-        load = loads[0] if loads else jnp.zeros((0, self.cfg.num_experts), jnp.int32)
+        load = loads[0] if loads else _no_load(self.cfg)
         return Output(self.final_norm(x), kv, load)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -149,6 +149,12 @@ class Transformer(nnx.Module):
 
         x, (kv, load) = jax.lax.scan(remat.POLICIES[self.cfg.remat](body), x, (params, cache))
         return x, kv, load
+
+
+def _no_load(cfg: ModelConfig) -> ExpertLoad:
+    """Of a model without experts."""
+    none = jnp.zeros(0, jnp.int32)
+    return ExpertLoad(jnp.zeros((0, cfg.num_experts), jnp.int32), none, none.astype(jnp.float32))
 
 
 def build(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params]:

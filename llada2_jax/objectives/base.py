@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llada2_jax.config import CapConfig, DPOConfig, NoiseConfig
 from llada2_jax.model import Transformer
 from llada2_jax.sharding import cut, gathered, manual_axis, on_shards, sum_over
-from llada2_jax.types import Batch, WeightedSum
+from llada2_jax.types import Batch, ExpertLoad, WeightedSum
 from pallas_kernels.block_layout import HostOrDevice, Scalar
 from pallas_kernels.vocab_loss import TokenStats, token_losses, vocab_loss
 
@@ -50,12 +50,12 @@ class Context:
 class LossOutput:
     """loss: what is minimised, as a sum and its denominator (loss weights of the supervised tokens
     before masking). nll: fp32 [B, L], each token's share of the loss before division. metrics:
-    further means."""
+    further means. expert_load: the model's."""
 
     loss: WeightedSum
     nll: Float[Array, "B L"]
     metrics: dict[str, WeightedSum]
-    expert_load: Int[Array, "layers E"]
+    expert_load: ExpertLoad
 
 
 class Objective(Protocol):

@@ -18,7 +18,7 @@ from llada2_jax.objectives.base import (
     weighted,
 )
 from llada2_jax.objectives.bdlm import noisy_hidden
-from llada2_jax.types import Batch, WeightedSum
+from llada2_jax.types import Batch, ExpertLoad, WeightedSum
 from pallas_kernels.block_layout import block_index
 from pallas_kernels.vocab_loss import TokenStats
 
@@ -82,7 +82,7 @@ def bound_shares(model: Transformer, batch: Batch, context: Context) -> Float[Ar
 
 def _bound_shares(
     model: Transformer, batch: Batch, context: Context
-) -> tuple[Float[Array, "B L"], Bool[Array, "n L"], TokenStats, Int[Array, "layers E"]]:
+) -> tuple[Float[Array, "B L"], Bool[Array, "n L"], TokenStats, ExpertLoad]:
     """Also what was masked in all draws, and their statistics and expert load."""
     block = block_index(batch.positions, context.block_size, context.block_anchor)
     noised = _draws(batch, block, context)

@@ -1,0 +1,89 @@
+"""Dispatch of pairs to experts, and the router's z-loss, on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llada2_jax.config import TrainConfig
+from llada2_jax.model import merge_params
+from llada2_jax.model.experts import plan_dispatch
+from llada2_jax.objectives import OBJECTIVES
+from llada2_jax.train_step import accumulated, make_context
+from tests.helpers import TINY, make_batch, random_params
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([1, 8]),
+    st.sampled_from([(0, 8), (2, 3)]),
+    st.sampled_from([4, 16, 48]),
+)
+@settings(max_examples=60, deadline=None)
+def test_dispatch(seed, alignment, experts_here, room):
+    """Pairs of the experts here have a slot in their expert's stretch, in order, or are counted."""
+    first, count = experts_here
+    experts = np.random.default_rng(seed).integers(0, 8, (12, 4))
+    plan = jax.tree.map(
+        np.asarray, plan_dispatch(jnp.asarray(experts), first, count, alignment, room)
+    )
+    flat, slots = experts.ravel(), plan.pair_of_slot.size
+    here = np.flatnonzero((flat >= first) & (flat < first + count))
+    kept = [pair for pair in here if plan.slot_of_pair[pair] < slots]
+    assert plan.overflow == len(here) - len(kept)
+    assert len(here) > room or plan.overflow == 0
+    elsewhere = np.setdiff1d(np.arange(flat.size), here)
+    assert (plan.slot_of_pair[elsewhere] >= slots).all()
+    np.testing.assert_array_equal(plan.pair_of_slot[plan.slot_of_pair[kept]], kept)
+    assert (plan.pair_of_slot < flat.size).sum() == len(kept)
+    assert plan.sizes.sum() <= slots and (plan.overflow or not (plan.sizes % alignment).any())
+    ends = np.cumsum(plan.sizes)
+    for expert, start, end in zip(
+        range(first, first + count), ends - plan.sizes, ends, strict=True
+    ):
+        mine = plan.pair_of_slot[start:end]
+        mine = mine[mine < flat.size]
+        wanted = np.flatnonzero(flat == expert)
+        np.testing.assert_array_equal(mine, wanted[: len(mine)])
+
+
+def test_router_z_loss_adds_its_gradient():
+    """As automatic differentiation of Σ logsumexp² has it, however the batch is cut."""
+    batch = make_batch(np.random.default_rng(0).integers(0, 15, (4, 8)))
+    context = make_context(TrainConfig(), 4, 15)
+    trained, buffers = nnx.split_state(random_params(TINY, 0, 0.3), nnx.Param, ...)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def gradients(params, weight, micro_batches):
+        inputs = params, buffers, batch, context, micro_batches, weight
+        return accumulated("bdlm", TINY, *inputs)[0]
+
+    @jax.jit
+    def expected(params):
+        def z(params):
+            model = merge_params(TINY, nnx.merge_state(params, buffers))
+            output = OBJECTIVES["bdlm"](model, batch, context)
+            return output.expert_load.z.sum() / output.loss.weight
+
+        return jax.grad(z)(params)
+
+    difference = jax.tree.map(jnp.subtract, gradients(trained, 0.5, 2), gradients(trained, 0.0, 1))
+    for a, b in zip(jax.tree.leaves(difference), jax.tree.leaves(expected(trained)), strict=True):
+        np.testing.assert_allclose(a, 0.5 * b, rtol=1e-3, atol=1e-3 * max(1.0, np.abs(b).max()))
+    assert np.abs(difference["moe_layers"]["mlp"]["router"]["kernel"][...]).max() > 0.01
+
+
+def test_z_is_what_it_says():
+    params = random_params(TINY, 1)
+    model, x = (
+        merge_params(TINY, params),
+        jnp.asarray(np.random.default_rng(0).normal(size=(3, 16))),
+    )
+    kernel = params["moe_layers"]["mlp"]["router"]["kernel"][...][0]
+    single = jax.tree.map(lambda x: x[0], nnx.state(model.moe_layers))
+    moe = nnx.merge(nnx.graphdef(model.moe_layers), single).mlp
+    load = moe(jnp.asarray(x[None], jnp.float32))[1]
+    wanted = np.log(np.exp(x @ np.asarray(kernel, np.float64)).sum(-1)) ** 2
+    np.testing.assert_allclose(load.z, wanted.sum(), rtol=1e-5)
+    assert load.tokens.sum() == 3 * TINY.experts_per_token and load.overflow == 0
