@@ -261,6 +261,12 @@ def check_mesh(cfg: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
             raise ConfigError(
                 f"config.mesh.{axis}={mesh.shape[axis]} does not divide the model's {name}={size}"
             )
+    pieces = 2 * mesh.shape["context"]
+    if mesh.shape["context"] > 1 and cfg.data.row_length % pieces:
+        raise ConfigError(
+            f"config.data.row_length={cfg.data.row_length} does not divide into {pieces} pieces, "
+            f"two for each device of config.mesh.context={mesh.shape['context']}"
+        )
     if rows % batch_ways(mesh):
         raise ConfigError(
             f"config.data.rows_per_step={cfg.data.rows_per_step} / config.optimizer.accumulate="

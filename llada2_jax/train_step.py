@@ -69,7 +69,8 @@ def init_state(cfg: TrainConfig, params: Params, mesh: Mesh | None = None) -> Tr
     opt_state = jax.jit(init, out_shardings=placed)(trained)
     # Committed, so that the first step after a restart compiles to what the later ones run.
     counts = [jnp.zeros((), jnp.int32) for _ in range(4)]
-    counts, watch = jax.device_put((counts, fresh_watch()), replicated(mesh))
+    rest = counts, fresh_watch()
+    counts, watch = jax.device_put(rest, shardings(rest, mesh))
     step, in_a_row, skipped, rollbacks = counts
     return TrainState(step, trained, buffers, opt_state, in_a_row, skipped, rollbacks, watch)
 

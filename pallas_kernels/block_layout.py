@@ -148,6 +148,10 @@ class KeyIntervals:
     own: tuple[Int[Array, "batch queries"], Int[Array, "batch queries"]]
     earlier: tuple[Int[Array, "batch queries"], Int[Array, "batch queries"]]
 
+    def at(self, queries: Int[Array, " some"]) -> KeyIntervals:
+        """Those of some of the queries."""
+        return jax.tree.map(lambda bound: bound[:, queries], self)
+
     def count(self) -> Int[Array, "batch queries"]:
         """int32 [batch, queries]: keys of each query."""
         return (self.own[1] - self.own[0]) + (self.earlier[1] - self.earlier[0])
@@ -188,3 +192,28 @@ def key_intervals(layout: BlockLayout) -> KeyIntervals:
     own = along(start, at), along(end, at)
     earlier = along(document, [clean] * len(at)), along(start, [clean] * len(at))
     return KeyIntervals(own, earlier)
+
+
+def zigzag(spans: Sequence[tuple[int, int]], ways: int) -> np.ndarray:
+    """Which tokens of a row each of `ways` devices takes, int [ways, length / ways].
+
+    Of every half a device has a piece from the front and one from the back, and so early tokens,
+    which see little, with late ones, which see much: without documents all have equal pairs.
+
+    Raises: ValueError where a half does not divide into 2 · ways pieces.
+    """
+    parts, start = [], 0
+    for _, length in spans:
+        if length % (2 * ways):
+            raise ValueError(f"{length} tokens do not divide into 2 x {ways} pieces")
+        pieces = np.arange(start, start + length).reshape(2 * ways, -1)
+        parts += [pieces[:ways], pieces[: ways - 1 : -1]]
+        start += length
+    return np.concatenate(parts, axis=1)
+
+
+def zigzag_imbalance(layout: BlockLayout, ways: int) -> np.ndarray:
+    """Query-key pairs of the busiest device over the mean, under `zigzag`, of each row."""
+    pairs = np.asarray(key_intervals(layout).count(), np.int64)
+    shares = pairs[:, zigzag(layout.spans, ways)].sum(-1)
+    return shares.max(1) / np.maximum(shares.mean(1), 1)

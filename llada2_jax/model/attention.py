@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +20,7 @@ from pallas_kernels.block_attention.decode import (
     decode_attention,
     decode_backend,
 )
-from pallas_kernels.block_layout import BlockLayout
+from pallas_kernels.block_layout import BlockLayout, zigzag
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +39,20 @@ class KVCache:
         """The first `lengths` positions of every row, for a forward of all layers to attend to."""
         lengths = jnp.broadcast_to(lengths, (self.k.shape[0], *lengths.shape))
         return ContiguousCache(self.k, self.v, lengths)
+
+
+def _whole_row(k, v, layout: BlockLayout):
+    """Keys and values of all devices along `context`, in the order of the row; the layout of this
+    device's queries, and which tokens of the row they are."""
+    ways = axis_size("context")
+    order = zigzag(layout.spans, ways)
+    at = jnp.asarray(order, jnp.int32)[jax.lax.axis_index("context")]
+    k, v = (
+        jax.lax.all_gather(x, "context", axis=1, tiled=True)[:, np.argsort(order.reshape(-1))]
+        for x in (k, v)
+    )
+    spans = tuple((half, length // ways) for half, length in layout.spans)
+    return k, v, BlockLayout(layout.block[:, at], layout.segment[:, at], spans), at
 
 
 class Attention(nnx.Module):
@@ -83,12 +98,16 @@ class Attention(nnx.Module):
         return [jnp.einsum("btd,dnh->btnh", x, w) for w in kernels]
 
     def _attend_to_self(self, q, k, v, layout: BlockLayout) -> Float[Array, "B T H h"]:
-        """Each device attends with its rows and heads: kernels are opaque to XLA's partitioner."""
+        """Each device attends with its rows, tokens and heads: kernels are opaque to XLA's
+        partitioner."""
+        backend = self.cfg.attention_backend
 
         def attend(_, q, k, v, layout):
-            parts = [(k, v, layout)]
-            return block_attention(q, parts, layout, backend=self.cfg.attention_backend)
+            if axis_size("context") == 1:
+                return block_attention(q, [(k, v, layout)], layout, backend=backend)
+            k, v, queries, at = _whole_row(k, v, layout)
+            return block_attention(q, [(k, v, layout)], queries, at=at, backend=backend)
 
-        heads = cut("batch", None, "heads")
+        heads = cut("batch", "length", "heads")
         specs = [heads, heads, heads, cut("batch")]
         return on_shards(attend, (), q, k, v, layout, specs=specs, out_specs=heads, check_vma=False)

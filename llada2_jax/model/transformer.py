@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -14,10 +15,10 @@ from llada2_jax import remat
 from llada2_jax.model.attention import Attention, KVCache
 from llada2_jax.model.layers import FeedForward, RMSNorm, normal, parameter, rotary_tables
 from llada2_jax.model.moe import MoE
-from llada2_jax.sharding import constrain, gathered, shardings
+from llada2_jax.sharding import axis_size, constrain, gathered, shardings
 from llada2_jax.types import ExpertLoad, ModelConfig, Params
 from pallas_kernels.block_attention.decode import ContiguousCache, PagedCache
-from pallas_kernels.block_layout import BlockLayout, HostOrDevice
+from pallas_kernels.block_layout import BlockLayout, HostOrDevice, zigzag
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +58,10 @@ def _stack(cfg: ModelConfig, rngs: nnx.Rngs, count: int, *, moe: bool) -> Layer:
         return Layer(cfg, rngs, moe=moe)
 
     return create(rngs)
+
+
+def _inverse(order: np.ndarray | slice) -> np.ndarray | slice:
+    return order if isinstance(order, slice) else np.argsort(order)
 
 
 def _layers_of(cache, first: int, count: int):
@@ -100,9 +105,11 @@ class Transformer(nnx.Module):
           embedding_noise: added to the embedding output (§7.1).
           return_kv: also return the keys and values of these positions.
         """
+        order = self._order(layout)
+        tokens, positions = jnp.asarray(tokens)[:, order], jnp.asarray(positions)[:, order]
         x = self.embedding[...].astype(self.cfg.dtype)[tokens]
         if embedding_noise is not None:
-            x = x + embedding_noise.astype(x.dtype)
+            x = x + embedding_noise[:, order].astype(x.dtype)
         x = constrain(x, "batch", "length", None)
         rotary = rotary_tables(self.cfg, positions)
         kvs, loads, first = [], [], 0
@@ -115,7 +122,7 @@ class Transformer(nnx.Module):
         kv = jax.tree.map(lambda *a: jnp.concatenate(a), *kvs) if return_kv else None
         loads = [load for load in loads if load is not None]
         load = loads[0] if loads else _no_load(self.cfg)
-        return Output(self.final_norm(x), kv, load)
+        return Output(self.final_norm(x)[:, _inverse(order)], kv, load)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits."""
@@ -128,6 +135,12 @@ class Transformer(nnx.Module):
         """The head's weights, and which of their axes is the vocabulary. A loss takes them with
         the hidden states (pallas_kernels.vocab_loss) instead of logits of all tokens."""
         return (self.embedding, 0) if self.cfg.tie_word_embeddings else (self.head, 1)
+
+    def _order(self, layout: BlockLayout) -> np.ndarray | slice:
+        """In which a row's tokens are laid out, so that each device of mesh axis `context` has an
+        equal share of the attention's work (see `zigzag`)."""
+        ways = axis_size("context")
+        return zigzag(layout.spans, ways).reshape(-1) if ways > 1 else slice(None)
 
     def _stacks(self) -> list[tuple[Layer, int]]:
         stacks = []

@@ -120,7 +120,8 @@ def run(folder, workdir, **sizes):
     made.schedule.warmup_blocks, made.schedule.warmup_tokens = (4,), 4 * 8 * 32
     made.eval.rows, made.eval.rate_buckets = 8, 2
     made.checkpoint.every_tokens = 2 * 8 * 32
-    made.runtime.dtype, made.log_every = "float32", 1
+    made.runtime.dtype, made.runtime.expert_buffer = "float32", 0.0
+    made.log_every = 1
     for axis, size in sizes.items():
         made.mesh[axis] = size
     train(validate(made))

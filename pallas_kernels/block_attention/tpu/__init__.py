@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.block_attention.constants import LOG2_E
 from pallas_kernels.block_attention.residuals import named
@@ -31,23 +31,26 @@ DEFAULT_TILES = Tiles()
 
 
 def attend_tpu(
-    q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch length kv_heads head_dim"],
-    v: Float[Array, "batch length kv_heads head_dim"],
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
     intervals: KeyIntervals,
     *,
+    real: Bool[Array, "batch keys"] | None = None,
     tiles: Tiles = DEFAULT_TILES,
     interpret: bool = False,
-) -> Float[Array, "batch length heads head_dim"]:
+) -> Float[Array, "batch queries heads head_dim"]:
     """Softmax attention of tokens to themselves, each query to the keys of its intervals.
 
     Scale head_dim**-0.5; fp32 scores, softmax and sums; matmuls in the inputs' dtype. A query
-    without keys gives zeros and takes no gradient, and its token is taken for padding: whatever
-    its key and value hold reaches no output.
+    without keys gives zeros and takes no gradient. Whatever the keys and values of padding hold
+    reaches no output.
 
     Args:
       q, k, v: one dtype, bfloat16 or float32; heads is a multiple of kv_heads.
       intervals: of `key_intervals`; int32, may be traced.
+      real: which keys are not padding, where the queries are some of the tokens only. By default
+        there are as many queries as keys, and those without keys are padding.
       tiles: sizes to tune per chip.
       interpret: run on any device, for tests.
 
@@ -55,8 +58,9 @@ def attend_tpu(
     Raises: ValueError for shapes or dtypes that do not go together, and when a tile's share of
       VMEM or the schedule's of scalar memory is too small.
     """
-    _check(q, k, v, intervals)
-    return _attend(q, k, v, intervals, tiles, interpret)
+    real = intervals.count() > 0 if real is None else real
+    _check(q, k, v, intervals, real)
+    return _attend(q, k, v, intervals, real, tiles, interpret)
 
 
 def computed_pairs(
@@ -82,11 +86,13 @@ def computed_pairs(
     return forward_pairs, backward_pairs
 
 
-def _check(q, k, v, intervals: KeyIntervals) -> None:
+def _check(q, k, v, intervals: KeyIntervals, real) -> None:
     heads, kv_heads = q.shape[2], k.shape[2]
-    if k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+    same = (q.shape[0], *real.shape, q.shape[3]) == (k.shape[0], *k.shape[:2], k.shape[3])
+    if k.shape != v.shape or not same:
         raise ValueError(
             f"q {q.shape}, k {k.shape}, v {v.shape}: one batch, length and head_dim, and k like v"
+            " (one length unless `real` is given, and then as many keys as it has)"
         )
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide into {kv_heads} kv heads")
@@ -96,18 +102,18 @@ def _check(q, k, v, intervals: KeyIntervals) -> None:
         raise ValueError(f"intervals of {intervals.own[0].shape} for queries {q.shape[:2]}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, intervals, tiles, interpret):
-    return _attend_forward(q, k, v, intervals, tiles, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, intervals, real, tiles, interpret):
+    return _attend_forward(q, k, v, intervals, real, tiles, interpret)[0]
 
 
-def _attend_forward(q, k, v, intervals, tiles, interpret):
+def _attend_forward(q, k, v, intervals, real, tiles, interpret):
     kv_heads, head_dim = k.shape[2:]
     seen = intervals.count() > 0
     scale = head_dim**-0.5 * LOG2_E
     stacked = _stack((q.astype(jnp.float32) * scale).astype(q.dtype), seen, kv_heads, tiles)
     length, count = _strips(FORWARD, k.shape[1], stacked, tiles)
-    k, v = (_resident(x, seen, length * count) for x in (k, v))
+    k, v = (_resident(x, real, length * count) for x in (k, v))
     bounds = tile_bounds(intervals, tiles)
 
     def strip(index, carry):
@@ -119,13 +125,13 @@ def _attend_forward(q, k, v, intervals, tiles, interpret):
         carry = lax.fori_loop(1, count, strip, carry)
     output, lse = carry
     output, lse = named(_unstack(output, q.shape).astype(q.dtype), lse)
-    return output, (stacked, k, v, intervals, output, lse)
+    return output, (stacked, k, v, intervals, real, output, lse)
 
 
 def _attend_backward(tiles, interpret, residuals, d_output):
-    q, k, v, intervals, output, lse = residuals
+    q, k, v, intervals, real, output, lse = residuals
     kv_heads = k.shape[1]
-    length, count = _strips(BACKWARD, output.shape[1], q, tiles)
+    length, count = _strips(BACKWARD, real.shape[1], q, tiles)
     seen = intervals.count() > 0
     k, v = (_fit(x, length * count) for x in (k, v))
     delta = (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1, keepdims=True)
@@ -143,8 +149,8 @@ def _attend_backward(tiles, interpret, residuals, d_output):
         carry, more = lax.scan(lambda c, i: strip(i, c), carry, jnp.arange(1, count))
         grads = jax.tree.map(_join, grads, more)
     d_q = _unstack(carry[0], output.shape).astype(q.dtype)
-    d_k, d_v = (x[:, :, : output.shape[1]].swapaxes(1, 2) for x in grads)
-    return d_q, (d_k / LOG2_E).astype(k.dtype), d_v.astype(v.dtype), None
+    d_k, d_v = (x[:, :, : real.shape[1]].swapaxes(1, 2) for x in grads)
+    return d_q, (d_k / LOG2_E).astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -176,10 +182,10 @@ def _unstack(x, shape):
     return x.transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, heads, n)[:, :length]
 
 
-def _resident(x, seen, keys: int):
-    """[batch, length, kv_heads, n] -> [batch, kv_heads, keys, n], zeros where nothing is seen: a
-    key that no query sees may hold NaN, and 0 * NaN would reach the sums."""
-    x = jnp.where(seen[:, :, None, None], x, jnp.zeros((), x.dtype))
+def _resident(x, real, keys: int):
+    """[batch, length, kv_heads, n] -> [batch, kv_heads, keys, n], zeros in padding: a key that no
+    query sees may hold NaN, and 0 * NaN would reach the sums."""
+    x = jnp.where(real[:, :, None, None], x, jnp.zeros((), x.dtype))
     return _fit(x.swapaxes(1, 2), keys)
 
 
