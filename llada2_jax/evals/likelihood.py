@@ -20,11 +20,10 @@ from llada2_jax.data.packing import tokenize
 from llada2_jax.data.tokenizer import token_byte_lengths
 from llada2_jax.errors import UserError
 from llada2_jax.model import merge_params
-from llada2_jax.objectives.base import Context
+from llada2_jax.objectives.base import Context, token_nll
 from llada2_jax.train_step import make_context, make_eval_step
 from llada2_jax.types import Batch, ModelConfig, Params
 from pallas_kernels.block_layout import CLEAN, NOISY, half_layout
-from pallas_kernels.vocab_loss import token_losses
 
 EVAL_SEED = 20251215  # the same validation noise in every run and phase
 ROW_LENGTH = 2048  # of rows to score, where a model does not tell how long its own were
@@ -214,7 +213,6 @@ def left_to_right_nll(
     clean = half_layout(positions, segments, CLEAN)
     kv = model(tokens, positions, clean, return_kv=True).kv
     assert kv is not None
-    head, axis = model.output_weights
 
     def step(carry, i):
         own = jax.lax.dynamic_slice_in_dim(positions, i, 1, axis=1)
@@ -223,7 +221,7 @@ def left_to_right_nll(
         cache = kv.until(jnp.full(rows, i, jnp.int32))
         hidden = model(masks, own, half_layout(own, segment, NOISY), cache=cache).hidden
         target = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
-        stats = token_losses(hidden, head, target, jnp.ones_like(target, bool), vocab_axis=axis)
+        stats = token_nll(model, hidden, target, jnp.ones_like(target, bool))
         return carry, stats.nll[:, 0]
 
     nll = jax.lax.scan(step, None, jnp.arange(length))[1].T
