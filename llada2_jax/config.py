@@ -207,7 +207,8 @@ class OptimizerConfig:
 
     warmup_fraction, decay_fraction: shares of all steps; the decay is linear to
     final_fraction · learning_rate. accumulate: micro-batches a step. reset_each_phase: forget the
-    moments when a phase begins. expert_bias_rate: step of the auxiliary-loss-free load balancing
+    moments when a phase begins. offload: the optimizer's arrays rest in the host's memory between
+    steps. expert_bias_rate: step of the auxiliary-loss-free load balancing
     (Ling's pretraining: 1e-3; not published for the conversion; 0: the bias stays).
     router_z_loss: weight of Σ logsumexp(router logits)² over positions and layers, divided as the
     loss is (Ling's pretraining: 3.5e-6; not published for the conversion; 0: off).
@@ -225,6 +226,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     accumulate: int = 1
     reset_each_phase: bool = False
+    offload: bool = False
     expert_bias_rate: float = 0.0
     router_z_loss: float = 0.0
     max_consecutive_skips: int = 5

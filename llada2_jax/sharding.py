@@ -171,6 +171,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def in_host_memory(placed: Any) -> Any:
+    """The same shardings, of arrays in the memory of their devices' hosts; scalars stay."""
+    return jax.tree.map(lambda x: x.with_memory_kind("pinned_host") if len(x.spec) else x, placed)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of [B, ...]: whole rows; the model cuts their positions."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

@@ -22,6 +22,7 @@ from llada2_jax.optimizer import make_optimizer
 from llada2_jax.sharding import (
     batch_sharding,
     constrain,
+    in_host_memory,
     keep_stored,
     meshed,
     replicated,
@@ -65,7 +66,7 @@ def init_state(cfg: TrainConfig, params: Params, mesh: Mesh | None = None) -> Tr
     params = jax.device_put(params, shardings(params, mesh))
     trained, buffers = nnx.split_state(params, nnx.Param, ...)
     init = make_optimizer(cfg).init
-    placed = shardings(jax.eval_shape(init, trained), mesh)
+    placed = _optimizer_shardings(cfg, jax.eval_shape(init, trained), mesh)
     opt_state = jax.jit(init, out_shardings=placed)(trained)
     # Committed, so that the first step after a restart compiles to what the later ones run.
     counts = [jnp.zeros((), jnp.int32) for _ in range(4)]
@@ -79,11 +80,19 @@ def abstract_state(cfg: TrainConfig, model_cfg: ModelConfig, mesh: Mesh | None =
     """`init_state` as ShapeDtypeStructs with their shardings: to compile for, or restore into."""
     mesh = mesh or single_device_mesh()
     state = jax.eval_shape(lambda p: init_state(cfg, p, mesh), build(model_cfg)[1])
+    placed = dataclasses.replace(
+        shardings(state, mesh), opt_state=_optimizer_shardings(cfg, state.opt_state, mesh)
+    )
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
-        shardings(state, mesh),
+        placed,
     )
+
+
+def _optimizer_shardings(cfg: TrainConfig, opt_state: optax.OptState, mesh: Mesh):
+    placed = shardings(opt_state, mesh)
+    return in_host_memory(placed) if cfg.optimizer.offload else placed
 
 
 def begin_phase(cfg: TrainConfig, state: TrainState) -> TrainState:
@@ -121,10 +130,14 @@ def reset_moments(state: TrainState) -> TrainState:
     """Forgets Adam's moments; the learning-rate schedule goes on."""
 
     def reset(part):
-        return jax.tree.map(jnp.zeros_like, part) if _is_adam(part) else part
+        return jax.tree.map(_zeros_in_place_of, part) if _is_adam(part) else part
 
     opt_state = jax.tree.map(reset, state.opt_state, is_leaf=_is_adam)
     return dataclasses.replace(state, opt_state=opt_state)
+
+
+def _zeros_in_place_of(x):
+    return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
 
 
 def _is_adam(part) -> bool:
@@ -226,8 +239,11 @@ def make_train_step(
         load = output.expert_load
         overflow = load.overflow.sum()
         watch, applied, events = judge(cfg.spikes, state.watch, loss, norm, overflow > 0)
+        before = state.opt_state
+        if cfg.optimizer.offload:
+            before = jax.device_put(before, jax.memory.Space.Device)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(grads, before, state.params)
         params = optax.apply_updates(state.params, updates)
 
         def keep(new, old):
@@ -238,7 +254,7 @@ def make_train_step(
             step=state.step + 1,
             params=keep(params, state.params),
             buffers=keep(_balanced(cfg, state.buffers, load.tokens), state.buffers),
-            opt_state=_at_step(keep(opt_state, state.opt_state), state.step + 1),
+            opt_state=_at_step(keep(opt_state, before), state.step + 1),
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
             skipped=state.skipped + skip,
             rollbacks=state.rollbacks,

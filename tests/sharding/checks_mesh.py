@@ -32,7 +32,7 @@ from llada2_jax.sharding import (
     shardings,
 )
 from llada2_jax.train import train
-from llada2_jax.train_step import init_state, make_context, make_train_step
+from llada2_jax.train_step import init_state, make_context, make_train_step, reset_moments
 from pallas_kernels.block_layout import block_index
 from tests.helpers import assert_same_params, config
 from tests.sharding.helpers import (
@@ -117,8 +117,7 @@ def run(folder, workdir, **sizes):
     made.workdir = str(folder / workdir)
     made.data.source, made.data.tokenizer = str(folder / "corpus"), str(folder / "tokenizer")
     made.data.row_length, made.data.rows_per_step = 32, 8
-    made.schedule.warmup_blocks, made.schedule.warmup_tokens = (4,), 4 * 8 * 32
-    made.eval.rows, made.eval.rate_buckets = 8, 2
+    made.schedule.ar_tokens, made.eval.rows = 4 * 8 * 32, 8
     made.checkpoint.every_tokens = 2 * 8 * 32
     made.runtime.dtype, made.runtime.expert_buffer = "float32", 0.0
     made.log_every = 1
@@ -190,3 +189,25 @@ def test_nothing_large_is_left_whole():
     (found,) = (p for p in placements(abstract, mesh) if p.name == "embedding")
     assert found.bytes_per_device == 4096 * 4098 * 4 // 2
     assert "4096×4098" in format_placements([found]) and "fsdp" in format_placements([found])
+
+
+def test_moments_on_the_host_change_nothing():
+    mesh, context = mesh_of(fsdp=2), make_context(CFG, 1, MASK)
+    states = {}
+    for offload in (False, True):
+        cfg = dataclasses.replace(CFG, optimizer=OptimizerConfig(offload=offload))
+        state = init_state(cfg, jax.tree.map(np.asarray, params()), mesh)
+        step = make_train_step(cfg, MODEL, "ar", mesh)
+        for _ in range(2):
+            state, _ = step(state, place_batch(rows(), mesh), context)
+        states[offload] = state
+    moments = states[True].opt_state[1][0].nu
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(states[True].params)} == {"device"}
+    for a, b in zip(*map(jax.tree.leaves, states.values()), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    emptied = reset_moments(states[True]).opt_state[1][0].nu
+    assert jax.tree.map(lambda x: x.sharding, emptied) == jax.tree.map(
+        lambda x: x.sharding, moments
+    )
+    assert not any(x.any() for x in jax.tree.leaves(jax.device_get(emptied)))
