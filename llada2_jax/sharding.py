@@ -207,6 +207,11 @@ class Placement:
     spec: PartitionSpec
     bytes_per_device: int
 
+    @property
+    def cuts(self) -> list[tuple[str, ...]]:
+        """Mesh axes that cut each dimension."""
+        return [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in self.spec]
+
 
 def placements(tree: Any, mesh: Mesh) -> list[Placement]:
     """Every array (or shape) of a tree, as `shardings` puts it, by path."""
@@ -225,7 +230,7 @@ def check_cut(found: Sequence[Placement], mesh: Mesh) -> None:
     if all(mesh.shape[axis] == 1 for axis in STORAGE_AXES):
         return
     for place in found:
-        names = {name for entry in place.spec for name in entry or ()}
+        names = {name for axes in place.cuts for name in axes}
         if place.bytes_per_device > LARGE_BYTES and all(mesh.shape[n] == 1 for n in names):
             sizes = {axis: mesh.shape[axis] for axis in AXES if mesh.shape[axis] > 1}
             raise ConfigError(
@@ -239,7 +244,7 @@ def format_placements(found: Sequence[Placement]) -> str:
     """A table: parameter, shape, spec, MiB a device; the sum at its end."""
     rows = [("parameter", "shape", "cut along", "MiB a device")]
     for place in found:
-        cuts = ["·".join(entry) if entry else "-" for entry in place.spec]
+        cuts = ["·".join(axes) or "-" for axes in place.cuts]
         shape = "×".join(map(str, place.shape)) or "scalar"
         size = f"{place.bytes_per_device / 2**20:.2f}"
         rows.append((place.name, shape, ", ".join(cuts), size))
