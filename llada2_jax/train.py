@@ -66,6 +66,7 @@ from llada2_jax.train_step import (
     score_rows,
 )
 from llada2_jax.types import Batch, ModelConfig
+from pallas_kernels.block_layout import block_index, both_halves, zigzag_imbalance
 
 
 class TrainingStopped(UserError, RuntimeError):
@@ -250,14 +251,16 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
             record_start, workdir, step=first_step, params=state.params, data=data
         )
         _stored(cfg, start, f"writing {workdir}/starts.jsonl")
-    _report_placement(logger, state, mesh)
+    _report_placement(cfg, logger, state, validation, mesh)
     if first_step:
         logger.say(f"resuming {workdir} after step {first_step} of {cfg.total_steps}")
     bundle = dataclasses.replace(bundle, params=None)
     return Run(cfg, bundle, corpus, validation, checkpoints, logger, state, mesh), first_step
 
 
-def _report_placement(logger: MetricLogger, state: TrainState, mesh: Mesh) -> None:
+def _report_placement(
+    cfg: TrainConfig, logger: MetricLogger, state: TrainState, validation: list[Batch], mesh: Mesh
+) -> None:
     """Says what each device of a mesh holds. Raises: ConfigError, see `check_cut`."""
     if mesh.size == 1:
         return
@@ -269,6 +272,23 @@ def _report_placement(logger: MetricLogger, state: TrainState, mesh: Mesh) -> No
         f"{mesh.size} devices: {sizes}\n{format_placements(params)}\n"
         f"and {moments:.2f} MiB of optimizer state a device"
     )
+    ways = mesh.shape["context"]
+    if ways > 1:
+        worst = _context_imbalance(cfg, validation, ways)
+        logger.say(
+            f"context {ways}: the busiest device of a validation row has {worst:.3f} times the "
+            "query-key pairs of the mean one"
+        )
+
+
+def _context_imbalance(cfg: TrainConfig, validation: list[Batch], ways: int) -> float:
+    """Mean over validation rows, at the last phase's block size."""
+    size, anchor = cfg.phases[-1].block_size, cfg.data.block_anchor
+    found = []
+    for batch in validation:
+        block = block_index(batch.positions, size, anchor)
+        found.append(zigzag_imbalance(both_halves(block, batch.segment_ids), ways))
+    return float(np.mean(found))
 
 
 def _check_readable(corpus: Corpus) -> None:
