@@ -1,8 +1,11 @@
 """Dispatch of pairs to experts, and the router's z-loss, on one device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,15 +78,12 @@ def test_router_z_loss_adds_its_gradient():
 
 
 def test_z_is_what_it_says():
-    params = random_params(TINY, 1)
-    model, x = (
-        merge_params(TINY, params),
-        jnp.asarray(np.random.default_rng(0).normal(size=(3, 16))),
-    )
-    kernel = params["moe_layers"]["mlp"]["router"]["kernel"][...][0]
-    single = jax.tree.map(lambda x: x[0], nnx.state(model.moe_layers))
-    moe = nnx.merge(nnx.graphdef(model.moe_layers), single).mlp
+    params, x = random_params(TINY, 1), np.random.default_rng(0).normal(size=(3, 16))
+    layers = merge_params(TINY, params).moe_layers
+    graphdef, stacked = nnx.split(layers)
+    moe = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], stacked)).mlp
     load = moe(jnp.asarray(x[None], jnp.float32))[1]
+    kernel = params["moe_layers"]["mlp"]["router"]["kernel"][...][0]
     wanted = np.log(np.exp(x @ np.asarray(kernel, np.float64)).sum(-1)) ** 2
     np.testing.assert_allclose(load.z, wanted.sum(), rtol=1e-5)
     assert load.tokens.sum() == 3 * TINY.experts_per_token and load.overflow == 0
