@@ -556,6 +556,16 @@ _NOT_NEGATIVE = (
 )
 
 
+_FILES = (
+    "workdir",
+    "init.checkpoint",
+    "reference.checkpoint",
+    "reference.cache",
+    "data.source",
+    "data.tokenizer",
+)
+
+
 def _get(cfg: TrainConfig, path: str) -> Any:
     value = cfg
     for name in path.split("."):
@@ -581,6 +591,13 @@ def _check(cfg: TrainConfig) -> None:
     for path in _FRACTIONS:
         value = _get(cfg, path)
         _require(0 <= value <= 1, f"config.{path}={value!r} must be from 0 to 1")
+    files = [(path, _get(cfg, path)) for path in _FILES]
+    for path, value in [*files, *(("data.sources", folder) for folder in cfg.data.sources)]:
+        _require(
+            "://" not in value,
+            f"config.{path}: {value!r} is a URL, and runs need a file system: mount the bucket "
+            "(docs/reliability.md), or copy",
+        )
     _require(bool(cfg.workdir), "config.workdir is empty: say where the run's files go")
     _require(bool(cfg.phases), "config.schedule has no stage with tokens: nothing to train")
     _require(

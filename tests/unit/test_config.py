@@ -75,6 +75,8 @@ def test_an_unknown_field_is_named(place):
 
 
 WRONG = {
+    "data__source": ("gs://bucket/x", r"config\.data\.source: 'gs://bucket/x' is a URL"),
+    "data__sources": (("a", "gs://bucket/x"), r"config\.data\.sources: 'gs://.* is a URL"),
     "seed": ("zero", r"config\.seed='zero' must be of type int"),
     "eval__rows": (True, r"config\.eval\.rows=True must be of type int"),
     "data__document_mask": (1, r"config\.data\.document_mask=1 must be of type bool"),
