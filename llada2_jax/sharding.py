@@ -186,13 +186,23 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Rows on their devices. batch: this process's stretch of the step's rows, in the order of
-    processes."""
+def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
+    """Which of a step's rows, from 0 and in order, this process's devices hold."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    numbers = np.arange(rows)
+    return tuple(sorted({int(row) for index in held.values() for row in numbers[index]}))
+
+
+def place_batch(batch: Batch, mesh: Mesh, *, rows: int | None = None) -> Batch:
+    """Rows on their devices. batch: this process's `local_rows` of `rows`; default: all rows, the
+    same on every process."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+
+    def place(x: Any) -> Array:
+        shape = np.shape(x) if rows is None else (rows, *np.shape(x)[1:])
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
+
+    return jax.tree.map(place, batch)
 
 
 # ---- what is where -------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from llada2_jax.sharding import (
     check_cut,
     check_mesh,
     format_placements,
+    local_rows,
     make_mesh,
     place_batch,
     placements,
@@ -179,7 +180,10 @@ class Run:
         if objective != "ar" and target:
             objective, block_size = "bdlm", target
         if objective not in self.evals:
-            self.evals[objective] = make_eval_step(self.bundle.config, objective, self.mesh)
+            step = make_eval_step(self.bundle.config, objective, self.mesh)
+            self.evals[objective] = lambda params, batch, context: step(
+                params, place_batch(batch, self.mesh), context
+            )
         scores = score_rows(
             self.evals[objective],
             self.state.model_params,
@@ -357,13 +361,15 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) ->
     """Steps first_step .. total_steps, each logged, and now and then validated and saved."""
     cfg = run.cfg
     rows = run.corpus.training_rows(cfg.data, cfg.total_steps * cfg.data.rows_per_step, cfg.seed)
-    source = batches(rows, rows_per_step=cfg.data.rows_per_step, first_step=first_step)
+    per_step = cfg.data.rows_per_step
+    share = local_rows(run.mesh, per_step)
+    source = batches(rows, rows_per_step=per_step, first_step=first_step, share=share)
     pending = _Pending()
     for step in range(first_step, cfg.total_steps):
         if notice.reached(step):
             _leave(run, step, pending, saved=step == first_step)
         _, phase = cfg.phase_at(step)
-        batch = place_batch(pending.next(source), run.mesh)
+        batch = place_batch(pending.next(source), run.mesh, rows=per_step)
         if _phase_starts(cfg, step):
             run.state = begin_phase(cfg, run.state)
         context = make_context(
