@@ -38,6 +38,7 @@ import tensorstore as ts
 from flax import nnx
 
 from llada2_jax import checksums
+from llada2_jax.config import model_dict
 from llada2_jax.errors import UserError
 from llada2_jax.types import ModelConfig, Params, RopeScaling, SpecialTokens
 
@@ -70,6 +71,16 @@ class ModelBundle:
     hf_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     hf_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def checksums(self) -> dict[str, int]:
+        """Of the parts of the model, in whatever form its files are: what tells it from another."""
+        leaves = jax.device_get(checksums.tree_checksums(flatten(self.params)))
+        architecture = [model_dict(self.config), dataclasses.asdict(self.special)]
+        return {
+            "tokenizer": checksums.json_checksum(self.tokenizer_files),
+            "architecture": checksums.json_checksum(architecture),
+            "parameters": checksums.json_checksum({k: int(v) for k, v in leaves.items()}),
+        }
 
     def model_item(self) -> dict[str, Any]:
         """The JSON of the item `model`."""

@@ -49,7 +49,7 @@ class DataConfig:
     weights: share of rows for each of sources; (): as many as each fills in an epoch.
     packing: "concat" cuts the stream of documents into rows; "best_fit" keeps documents whole, each
     rounded up to pad_multiple tokens (row_length: a row each). long_documents: what becomes of
-    documents beyond a row under best_fit, "skip" or "split".
+    documents beyond a row under best_fit: an "error", or "skip" or "split" them.
     tokenizer: folder with tokenizer.json; empty: the starting checkpoint's.
     row_length: tokens a row. rows_per_step: rows a step, over all micro-batches.
     document_mask: documents of a row do not see each other. block_anchor: "document" or "row".
@@ -60,7 +60,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     packing: str = "concat"
     pad_multiple: int = 32
-    long_documents: str = "skip"
+    long_documents: str = "error"
     tokenizer: str = ""
     row_length: int = 256
     rows_per_step: int = 16
@@ -205,6 +205,9 @@ def _stage(name: str, blocks: tuple[int, ...], tokens: int, row_length: int) -> 
 class OptimizerConfig:
     """AdamW with one warmup-stable-decay learning-rate schedule over the whole run.
 
+    learning_rate_from_start: instead of learning_rate, the last one of the run that init.checkpoint
+    is a step of, as DPO goes on where SFT ended (§5.3).
+
     warmup_fraction, decay_fraction: shares of all steps; the decay is linear to
     final_fraction · learning_rate. accumulate: micro-batches a step. reset_each_phase: forget the
     moments when a phase begins. offload: the optimizer's arrays rest in the host's memory between
@@ -216,6 +219,7 @@ class OptimizerConfig:
     skipped steps in a row (see SpikeConfig) end the run."""
 
     learning_rate: float = 1e-3
+    learning_rate_from_start: bool = False
     warmup_fraction: float = 0.02
     decay_fraction: float = 0.2
     final_fraction: float = 0.1
@@ -246,8 +250,9 @@ class EmbeddingNoiseConfig:
 class EvalConfig:
     """rows: validation rows, the same ones each time. every_tokens: how often (0: only where a
     phase ends). samples: Monte Carlo draws a row. rate_buckets: the gradient's norm is reported
-    for this many ranges of the mask rate (0: off). target_block_size: checkpoints are compared on
-    the bound at this block size, whatever the phase; 0: the phase's own."""
+    for this many ranges of the mask rate (0: off; "ar" and "dpo" have none). target_block_size:
+    checkpoints are compared on the bound at this block size, whatever the phase; 0: the phase's
+    own."""
 
     rows: int = 64
     every_tokens: int = 0
@@ -480,7 +485,7 @@ CHOICES = {
     "noise.later_turns": ("learn", "hide"),
     "data.block_anchor": ("document", "row"),
     "data.packing": ("concat", "best_fit"),
-    "data.long_documents": ("skip", "split"),
+    "data.long_documents": ("error", "skip", "split"),
     "init.mask_embedding": mask_embedding.CHOICES,
     "spikes.non_finite": ("skip", "rollback", "stop"),
     "spikes.loss": ("ignore", "skip", "rollback", "stop"),
@@ -706,6 +711,17 @@ def _check_init(cfg: TrainConfig) -> None:
             "config.init.checkpoint",
         )
 
+    start = cfg.optimizer.learning_rate_from_start
+    _require(
+        not start or bool(cfg.init.checkpoint),
+        "config.optimizer.learning_rate_from_start: config.init.checkpoint is empty",
+    )
+    _require(
+        not start or cfg.optimizer.learning_rate == OptimizerConfig.learning_rate,
+        f"config.optimizer.learning_rate={cfg.optimizer.learning_rate} is not read where "
+        "learning_rate_from_start is set",
+    )
+
 
 def _check_dpo(cfg: TrainConfig) -> None:
     if all(phase.objective != "dpo" for phase in cfg.phases):
@@ -744,7 +760,14 @@ def _check_dpo(cfg: TrainConfig) -> None:
             samples % 2 == 0 or not cfg.dpo.antithetic,
             f"config.{name}={samples} must be even: config.dpo.antithetic takes draws in twos",
         )
-    mask = cfg.reference.mask_id
+    target = cfg.eval.target_block_size
+    _require(not target, f"config.eval.target_block_size={target}: dpo is validated on pairs")
+    reference, mask = cfg.reference, cfg.reference.mask_id
+    _require(
+        not (reference.cache and reference.memory != ReferenceConfig.memory),
+        f"config.reference.memory={reference.memory!r} is not read where config.reference.cache is "
+        "set: then the reference does not stay at all",
+    )
     _require(
         mask < 0 or bool(cfg.reference.checkpoint),
         f"config.reference.mask_id={mask} is not read where config.reference.checkpoint is empty",

@@ -247,7 +247,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--long-documents",
         choices=CHOICES["data.long_documents"],
-        default=default.long_documents,
+        default="skip",
         help="what becomes of documents beyond a row under best_fit (skip)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows (0)")

@@ -33,16 +33,23 @@ on where the newest checkpoint left off; `llada2 runs compare` sets runs side by
 """
 
 
-def record_config(workdir: Path, cfg: TrainConfig, parent: dict[str, int] | None = None) -> None:
+def record_config(
+    workdir: Path,
+    cfg: TrainConfig,
+    parent: dict[str, int] | None = None,
+    reference: dict[str, int] | None = None,
+) -> None:
     """Writes config.json once; a resumed run must have been started with the same config, and from
     the same model.
 
-    parent: checksums by part of the model at init.checkpoint, or None from scratch.
+    parent: checksums by part of the model at init.checkpoint, or None from scratch. reference:
+    of the one at reference.checkpoint, or None without.
 
     Raises: ConfigError that names the first field that differs, FREE ones aside, or the first part
       of the model.
     """
     described = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    models = (("parent", "init", parent), ("reference_model", "reference", reference))
     path = workdir / "config.json"
     if path.exists():
         before = read_config(workdir)
@@ -53,23 +60,25 @@ def record_config(workdir: Path, cfg: TrainConfig, parent: dict[str, int] | None
                 f"{before.get(changed[0])} there, {described[changed[0]]} now; "
                 "choose another workdir, or remove it to start again"
             )
-        _check_parent(workdir, cfg, before.get("parent"), parent)
+        for name, field, now in models:
+            path_now = described[field]["checkpoint"]
+            _check_model(workdir, f"{field}.checkpoint={path_now!r}", before.get(name), now)
     workdir.mkdir(parents=True, exist_ok=True)
-    recorded = described | ({"parent": parent} if parent else {})
+    recorded = described | {name: now for name, _, now in models if now}
     replace_text(path, json.dumps(recorded, indent=1))
     replace_text(workdir / "README.txt", README)
 
 
-def _check_parent(workdir: Path, cfg: TrainConfig, before: Any, now: dict[str, int] | None) -> None:
+def _check_model(workdir: Path, field: str, before: Any, now: dict[str, int] | None) -> None:
     """A path may hold another model than it did. Runs of older versions did not take note."""
     if not isinstance(before, dict) or not now:
         return
     changed = [part for part in now if before.get(part) != now[part]]
     if changed:
         raise ConfigError(
-            f"{workdir} holds a run from another model than config.init.checkpoint="
-            f"{cfg.init.checkpoint!r} now is: its {changed[0]} changed; put the model back that "
-            "the run began with, choose another workdir, or remove it to start again"
+            f"{workdir} holds a run with another model than config.{field} now is: its "
+            f"{changed[0]} changed; put the model back that the run began with, choose another "
+            "workdir, or remove it to start again"
         )
 
 

@@ -24,23 +24,28 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 from tokenizers import Tokenizer
 
-from llada2_jax import checkpoint
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.checksums import json_checksum, tree_checksums
-from llada2_jax.config import ConfigError, Phase, TrainConfig, model_dict, validate
+from llada2_jax.config import ConfigError, Phase, TrainConfig, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
 from llada2_jax.distributed import joined
 from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
-from llada2_jax.evals.likelihood import validation_contexts
+from llada2_jax.evals.likelihood import preference_context, validation_contexts
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.config import config_to_hf, special_tokens
 from llada2_jax.hub.huggingface import read_tokenizer_files
 from llada2_jax.mask_embedding import mask_row
 from llada2_jax.metrics import MetricLogger
 from llada2_jax.model import init_params
-from llada2_jax.objectives import OBJECTIVES, Context
+from llada2_jax.objectives import Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
+from llada2_jax.reference import (
+    cached_bounds,
+    fetched,
+    load_reference,
+    make_reference_step,
+    place,
+)
 from llada2_jax.retry import describe, with_retries
 from llada2_jax.run_folder import record_config, record_start
 from llada2_jax.schedules import embedding_noise_sigma, learning_rate
@@ -64,6 +69,7 @@ from llada2_jax.train_step import (
     make_grad_norms_by_rate,
     make_train_step,
     roll_back,
+    score_pairs,
     score_rows,
 )
 from llada2_jax.types import Batch, ModelConfig
@@ -83,10 +89,10 @@ def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
     """
     runtime = dataclasses.asdict(cfg.runtime)
     if cfg.init.checkpoint:
-        mask_id = cfg.init.mask_id if cfg.init.mask_id >= 0 else None
+        mask_id = _given(cfg.init.mask_id)
         _check_length(cfg, load_bundle(cfg.init.checkpoint, mask_id=mask_id).config)
         bundle = load_model(cfg.init.checkpoint, mask_id=mask_id, mesh=mesh, **runtime)
-        provenance = bundle.provenance | {"checksums": _checksums(bundle)}
+        provenance = bundle.provenance | {"checksums": bundle.checksums()}
         bundle = dataclasses.replace(bundle, provenance=provenance)
         return _describe(_initialise_mask(bundle, cfg), cfg)
     try:
@@ -103,15 +109,8 @@ def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
     return ModelBundle(model, params, special, tokenizer_files=files, hf_config=hf_config)
 
 
-def _checksums(bundle: ModelBundle) -> dict[str, int]:
-    """Of what a model is made of, in whatever form its files are."""
-    leaves = jax.device_get(tree_checksums(checkpoint.flatten(bundle.params)))
-    architecture = [model_dict(bundle.config), dataclasses.asdict(bundle.special)]
-    return {
-        "tokenizer": json_checksum(bundle.tokenizer_files),
-        "architecture": json_checksum(architecture),
-        "parameters": json_checksum({name: int(value) for name, value in leaves.items()}),
-    }
+def _given(mask_id: int) -> int | None:
+    return mask_id if mask_id >= 0 else None
 
 
 def _check_length(cfg: TrainConfig, model: ModelConfig) -> None:
@@ -161,6 +160,7 @@ class Run:
     logger: MetricLogger
     state: TrainState
     mesh: Mesh
+    refer: Callable[[Batch, Context], Batch]
     steps: dict[str, Callable] = dataclasses.field(default_factory=dict)
     evals: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
@@ -184,14 +184,14 @@ class Run:
             self.evals[objective] = lambda params, batch, context: step(
                 params, place_batch(batch, self.mesh), context
             )
-        scores = score_rows(
-            self.evals[objective],
-            self.state.model_params,
-            self.validation,
-            validation_contexts(block_size, self.bundle.special.mask, self.cfg.eval.samples),
-            self.corpus.token_bytes,
-        )
-        return {"kind": f"{phase.name}:{objective}-{block_size}", **scores.figures()}
+        rows = self.evals[objective], self.state.model_params, self.validation
+        mask = self.bundle.special.mask
+        if objective == "dpo":
+            figures = score_pairs(*rows, preference_context(self.cfg, mask))
+        else:
+            contexts = validation_contexts(block_size, mask, self.cfg.eval.samples)
+            figures = score_rows(*rows, contexts, self.corpus.token_bytes).figures()
+        return {"kind": f"{phase.name}:{objective}-{block_size}", **figures}
 
 
 def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") -> ModelBundle:
@@ -220,19 +220,24 @@ def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") 
 def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     """A fresh run, or the newest checkpoint's."""
     workdir = Path(cfg.workdir)
+    cfg = _with_learning_rate(cfg)
     mesh = make_mesh(cfg.mesh)
     bundle = starting_bundle(cfg, mesh)
     check_mesh(cfg, bundle.config, mesh)
-    _record_config(workdir, cfg, bundle)
+    dpo = cfg.phases[0].objective == "dpo"
+    reference = load_reference(cfg, bundle, mesh) if dpo else None
+    _record_config(workdir, cfg, bundle, reference)
     rows = cfg.data.rows_per_step // cfg.optimizer.accumulate
     try:
         if corpus is None:
             tokenizer = Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
             corpus = load_corpus(cfg.data, tokenizer, bundle.special)
-        _check_readable(corpus)
+        _check_readable(cfg, corpus)
         validation = corpus.validation_batches(cfg.data, cfg.eval.rows, rows)
+        data = corpus.report(cfg.data)
     except ValueError as error:  # a source that is not there, or too few rows to validate on
         raise ConfigError(f"config: {error}") from error
+    corpus, validation, refer = _refer(cfg, reference, corpus, validation, mesh)
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint, tokens_per_step=cfg.tokens_per_step)
     state, first_step = init_state(cfg, bundle.params, mesh), 0
     restored = _restored(cfg, checkpoints, state)
@@ -250,7 +255,6 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         write=jax.process_index() == 0,
     )
     if jax.process_index() == 0:
-        data = corpus.report(cfg.data)
         start = functools.partial(
             record_start, workdir, step=first_step, params=state.params, data=data
         )
@@ -259,7 +263,8 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     if first_step:
         logger.say(f"resuming {workdir} after step {first_step} of {cfg.total_steps}")
     bundle = dataclasses.replace(bundle, params=None)
-    return Run(cfg, bundle, corpus, validation, checkpoints, logger, state, mesh), first_step
+    run = Run(cfg, bundle, corpus, validation, checkpoints, logger, state, mesh, refer)
+    return run, first_step
 
 
 def _report_placement(
@@ -295,21 +300,85 @@ def _context_imbalance(cfg: TrainConfig, validation: list[Batch], ways: int) -> 
     return float(np.mean(found))
 
 
-def _check_readable(corpus: Corpus) -> None:
-    """Preference pairs are for objectives that read them; those of this loop would take no
-    notice."""
+def _with_learning_rate(cfg: TrainConfig) -> TrainConfig:
+    """The config with the learning rate that the starting checkpoint was left at, if it asks so."""
+    if not cfg.optimizer.learning_rate_from_start:
+        return cfg
+    origin = load_bundle(cfg.init.checkpoint, mask_id=_given(cfg.init.mask_id)).provenance
+    newest = max(origin.get("merged", [origin]), key=lambda source: source.get("step", 0))
+    rate = newest.get("learning_rate")
+    if not isinstance(rate, float) or not rate > 0:
+        raise ConfigError(
+            "config.optimizer.learning_rate_from_start: config.init.checkpoint="
+            f"{cfg.init.checkpoint!r} does not tell the learning rate it was left at (steps of "
+            "a run and their averages do): set learning_rate instead"
+        )
+    optimizer = dataclasses.replace(cfg.optimizer, learning_rate=rate)
+    return dataclasses.replace(cfg, optimizer=optimizer)
+
+
+def _refer(
+    cfg: TrainConfig,
+    reference: ModelBundle | None,
+    corpus: Corpus,
+    validation: list[Batch],
+    mesh: Mesh,
+) -> tuple[Corpus, list[Batch], Callable[[Batch, Context], Batch]]:
+    """Gives the rows of a run the bounds of the reference: the validation rows now; those for
+    training in the corpus, if they are cached, or else by the function that is returned."""
+    if reference is None:
+        return corpus, validation, lambda batch, context: batch
+    held_out = preference_context(cfg, reference.special.mask)
+    step = make_reference_step(reference.config, mesh=mesh)
+    validation = [
+        dataclasses.replace(batch, reference=fetched(step, reference.params, batch, held_out, mesh))
+        for batch in validation
+    ]
+    if cfg.reference.cache:
+        context = make_context(cfg, cfg.schedule.posttrain_block, reference.special.mask)
+        corpus = cached_bounds(cfg, reference, corpus, context, mesh)
+        return corpus, validation, lambda batch, context: batch
+    params = place(reference.params, cfg.reference.memory)
+    step = make_reference_step(reference.config, cfg.optimizer.accumulate, mesh)
+    return (
+        corpus,
+        validation,
+        lambda batch, context: dataclasses.replace(batch, reference=step(params, batch, context)),
+    )
+
+
+def _check_readable(cfg: TrainConfig, corpus: Corpus) -> None:
+    """Preference pairs are for the objective that reads them; the others would take no notice."""
+    if cfg.phases[0].objective == "dpo":
+        _check_pairs(corpus)
+        return
     for source in corpus.sources:
         if source.train.paired:
             raise ConfigError(
-                f"config.data.sources: {source.name} holds preference pairs, which "
-                f"{', '.join(OBJECTIVES)} do not read: prepare it as chats"
+                f"config.data.sources: {source.name} holds preference pairs, which only "
+                "schedule.dpo_tokens is for: prepare it as chats"
             )
 
 
-def _record_config(workdir: Path, cfg: TrainConfig, bundle: ModelBundle) -> None:
+def _check_pairs(corpus: Corpus) -> None:
+    for source in corpus.sources:
+        if not source.train.paired or source.train.weighted:
+            what = (
+                "no preference pairs" if not source.train.paired else "other weights than 0 and 1"
+            )
+            raise ConfigError(
+                f"config.data.sources: {source.name} holds {what}; dpo reads pairs without "
+                "weights: llada2 data prepare --content preference"
+            )
+
+
+def _record_config(
+    workdir: Path, cfg: TrainConfig, bundle: ModelBundle, reference: ModelBundle | None
+) -> None:
     if jax.process_index() == 0:
         parent = bundle.provenance.get("checksums")
-        record = functools.partial(record_config, workdir, cfg, parent)
+        other = reference.checksums() if reference and cfg.reference.checkpoint else None
+        record = functools.partial(record_config, workdir, cfg, parent, other)
         _stored(cfg, record, f"writing {workdir}/config.json")
 
 
@@ -378,6 +447,7 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) ->
             run.bundle.special.mask,
             sigma=embedding_noise_sigma(cfg, step),
         )
+        batch = run.refer(batch, context)
         run.state, metrics = run.train_step(phase)(run.state, batch, context)
         trace.after(metrics)
         pending.steps.append((step + 1, phase, metrics))
@@ -505,7 +575,7 @@ def _validate(
 ) -> dict[str, Any]:
     cfg = run.cfg
     scores = run.validate(phase)
-    if ends and cfg.eval.rate_buckets and phase.objective != "ar":
+    if ends and cfg.eval.rate_buckets and phase.objective not in ("ar", "dpo"):
         norms = make_grad_norms_by_rate(
             run.bundle.config, phase.objective, cfg.eval.rate_buckets, run.mesh
         )(run.state, _first_micro_batch(batch, cfg.optimizer.accumulate), context)
@@ -514,11 +584,20 @@ def _validate(
         )
     line = {("measured" if name == "kind" else name): value for name, value in scores.items()}
     run.logger.write(step, "validation", phase.name, line | {"block_size": phase.block_size})
-    run.logger.say(
-        f"step {step:>6}  {phase.name:<12} validation {scores['bits_per_byte']:.4f} "
-        f"± {scores['bits_per_byte_stderr']:.4f} bits/byte ({scores['kind']})"
-    )
+    run.logger.say(f"step {step:>6}  {phase.name:<12} validation {_shown(scores)}")
     return scores
+
+
+def _shown(scores: dict[str, Any]) -> str:
+    if "bits_per_byte" not in scores:
+        return (
+            f"loss {scores['loss']:.4f}, accuracy {scores['reward_accuracy']:.3f}, margin "
+            f"{scores['reward_margin']:.3f} on {scores['pairs']:.0f} pairs ({scores['kind']})"
+        )
+    return (
+        f"{scores['bits_per_byte']:.4f} ± {scores['bits_per_byte_stderr']:.4f} bits/byte "
+        f"({scores['kind']})"
+    )
 
 
 def _save(run: Run, step: int, scores: dict[str, Any] | None = None, *, wait: bool = False) -> None:
@@ -533,11 +612,13 @@ def _save(run: Run, step: int, scores: dict[str, Any] | None = None, *, wait: bo
         "data": {"next_row": step * cfg.data.rows_per_step},
         "seed": cfg.seed,  # with the documents' ids and visits, all there is to randomness
     }
+    rate = float(np.asarray(learning_rate(cfg.optimizer, cfg.total_steps)(step - 1)))
     provenance = {
         "run": cfg.workdir,
         "step": step,
         "phase": phase.name,
         "row_length": cfg.data.row_length,
+        "learning_rate": rate,
     }
     bundle = dataclasses.replace(run.bundle, provenance=provenance)
     run.logger.sync()

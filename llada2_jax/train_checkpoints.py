@@ -60,7 +60,7 @@ class Retention:
         kept = set(steps[-self.last :])
         kinds: dict[str, list[tuple[float, int]]] = {}
         for step in steps:
-            value = scores[step].get("bits_per_byte")
+            value = scores[step].get("bits_per_byte", scores[step].get("loss"))
             if isinstance(value, float) and math.isfinite(value):
                 kinds.setdefault(str(scores[step].get("kind")), []).append((value, step))
         for ranked in kinds.values():

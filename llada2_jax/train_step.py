@@ -30,7 +30,7 @@ from llada2_jax.sharding import (
     single_device_mesh,
 )
 from llada2_jax.spikes import EVENTS, SpikeWatch, fresh_watch, judge
-from llada2_jax.types import Batch, ExpertLoad, ModelConfig, Params
+from llada2_jax.types import Batch, ExpertLoad, ModelConfig, Params, WeightedSum
 
 
 @jax.tree_util.register_dataclass
@@ -378,6 +378,23 @@ def _bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     ratio = bits.sum() / sizes.sum()
     error = np.std(bits - ratio * sizes, ddof=1) * np.sqrt(len(sizes)) / sizes.sum()
     return float(ratio), float(error)
+
+
+def score_pairs(
+    step: Callable[[Params, Batch, Context], LossOutput],
+    params: Params,
+    batches: list[Batch],
+    context: Context,
+) -> dict[str, float]:
+    """Of fixed rows of preference pairs: their number, the loss, and the objective's metrics."""
+    outputs = [step(params, batch, context) for batch in batches]
+    means = [{"loss": output.loss, **output.metrics} for output in outputs]
+    sums = jax.tree.map(
+        lambda *parts: functools.reduce(WeightedSum.__add__, parts),
+        *means,
+        is_leaf=lambda x: isinstance(x, WeightedSum),
+    )
+    return {"pairs": float(sums["loss"].weight)} | {k: float(v.mean()) for k, v in sums.items()}
 
 
 def score_rows(

@@ -69,8 +69,10 @@ class BestFitRows:
     multiple: documents (each text of a pair) are rounded up to it, and so begin at multiples of
     it; row_length itself gives every document a row of its own. What is added are `pad` tokens that
     are supervised as the document's last token is; what is left of a row is in no segment.
-    long_documents: "split" those beyond a row, or "skip" them; pairs are never split.
-    A pair is two segments next to each other with one document id.
+    long_documents: "split" those beyond a row, "skip" them, or make them an "error"; pairs are
+    never split.
+    A pair is two segments next to each other with one document id. reference: fp32 [docs, 2],
+    bounds of a reference model on both texts of each pair, which then are in the rows.
     """
 
     documents: Documents
@@ -82,6 +84,7 @@ class BestFitRows:
     long_documents: str = "skip"
     shuffle: bool = True
     weighted: bool = False
+    reference: np.ndarray | None = None
 
     def __post_init__(self):
         if self.row_length % self.multiple:
@@ -131,6 +134,14 @@ class BestFitRows:
         lengths, chosen = self.documents.lengths, self.documents.chosen
         size = self._rounded(chosen) + self._rounded(lengths - chosen)
         long = size > self.row_length // self.multiple
+        if long.any() and self.long_documents == "error":
+            what = "pairs" if self.documents.paired else "documents"
+            raise ValueError(
+                f"{long.sum()} of {len(lengths)} {what} are longer than a row: "
+                f"data.row_length={self.row_length}, the longest takes "
+                f"{size.max() * self.multiple} tokens; raise it, or say what becomes of them in "
+                "data.long_documents"
+            )
         split = long & (chosen == 0) & (self.long_documents == "split")
         skipped = long & ~split
         count = np.where(skipped, 0, np.where(split, -(-lengths // self.row_length), 1))
@@ -172,21 +183,30 @@ class BestFitRows:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """The fields of types.Batch for one row, each [row_length]."""
-        epoch, number = divmod(int(index), self.epoch_rows)
-        dealt, order = self._epoch(epoch if self.shuffle else 0)
-        places, starts, _ = self._layout
-        row = int(order[number])
         fields: dict[str, Any] = self._empty()
-        at = 0
-        for segment, place in enumerate(places[starts[row] : starts[row + 1]], start=1):
-            at = self._put(fields, at, int(dealt[place]), segment, epoch)
+        at, epoch = 0, int(index) // self.epoch_rows
+        for number, piece in enumerate(self._pieces_of(index), start=1):
+            at = self._put(fields, at, int(piece), number, epoch)
         fields["positions"][at:] = np.arange(self.row_length - at)
         fields["loss_mask"] = fields["loss_weights"] > 0
         if not self.weighted:
             del fields["loss_weights"]
         if not self.documents.paired:
             del fields["preference"]
+        if self.reference is None:
+            del fields["reference"]
         return fields
+
+    def documents_of(self, index: int) -> np.ndarray:
+        """The documents of a row, in order: of pair n the texts are segments 2n - 1 and 2n."""
+        return self.pieces.document[self._pieces_of(index)]
+
+    def _pieces_of(self, index: int) -> np.ndarray:
+        epoch, number = divmod(int(index), self.epoch_rows)
+        dealt, order = self._epoch(epoch if self.shuffle else 0)
+        places, starts, _ = self._layout
+        row = int(order[number])
+        return dealt[places[starts[row] : starts[row + 1]]]
 
     def _empty(self) -> dict[str, Any]:
         names = ("segment_ids", "positions", "document_ids", "document_positions", "visits")
@@ -194,6 +214,7 @@ class BestFitRows:
         fields["tokens"] = np.full(self.row_length, self.pad, np.int32)
         fields["loss_weights"] = np.zeros(self.row_length, np.float32)
         fields["preference"] = np.zeros(self.row_length, np.int32)
+        fields["reference"] = np.zeros(self.row_length, np.float32)
         return fields
 
     def _put(self, fields: dict[str, Any], at: int, piece: int, number: int, epoch: int) -> int:
@@ -208,7 +229,7 @@ class BestFitRows:
                 (tokens[:cut], weights[:cut], 2 * number - 1, 1),
                 (tokens[cut:], weights[cut:], 2 * number, -1),
             ]
-        for text, loss, segment, preference in texts:
+        for which, (text, loss, segment, preference) in enumerate(texts):
             size = -(-len(text) // self.multiple) * self.multiple
             span = slice(at, at + size)
             fields["tokens"][at : at + len(text)] = text
@@ -220,6 +241,8 @@ class BestFitRows:
             fields["document_ids"][span] = self.documents.ids[document]
             fields["visits"][span] = epoch
             fields["preference"][span] = preference
+            if self.reference is not None:
+                fields["reference"][at] = self.reference[document, which]
             at += size
         return at
 

@@ -26,12 +26,14 @@ SourceRows = PackedRows | BestFitRows
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Tokenized documents of both splits, and the share of rows they get among the sources (None:
-    as many as they fill, so that every source lasts equally long)."""
+    as many as they fill, so that every source lasts equally long). reference: see BestFitRows, for
+    the training split."""
 
     name: str
     train: Documents
     validation: Documents
     weight: float | None = None
+    reference: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Corpus:
             dataclasses.replace(b, loss_mask=b.loss_mask & (b.positions > 0), loss_weights=None)
             for b in validation_batches(chosen, num_rows=num_rows, rows_per_step=rows_per_step)
         ]
+
+    def pairs(self, cfg: DataConfig) -> list[BestFitRows]:
+        """Each source's preference pairs for training as rows, in their order."""
+        rows = [self._rows(s, s.train, cfg, 1, 0, shuffle=False) for s in self.sources]
+        return [part for part in rows if isinstance(part, BestFitRows)]
 
     def report(self, cfg: DataConfig) -> dict[str, dict[str, Any]]:
         """By source: documents, rows of an epoch, fill ratio and what did not fit (see the rows'
@@ -107,6 +114,7 @@ class Corpus:
                 cfg.long_documents,
                 shuffle,
                 weighted,
+                source.reference if documents is source.train else None,
             )
         return PackedRows(
             documents,

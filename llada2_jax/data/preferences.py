@@ -36,6 +36,8 @@ class PreferencePairs:
             self.chat.tokenize([*prompt, *answer], row.get("tools"), first=len(prompt))
             for answer in (chosen, rejected)
         )
+        if np.array_equal(first.tokens, second.tokens):
+            raise BadRow("same_answers", "chosen and rejected are the same tokens")
         return Example(
             np.concatenate([first.tokens, second.tokens]),
             np.concatenate([first.weights, second.weights]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError) as error:
         raise PreparedError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     return manifest
+
+
+def digest(folder: str | Path, split: str) -> str:
+    """SHA-256 of what a prepared folder holds of a split, wherever the folder is."""
+    total = hashlib.sha256(json.dumps(read_manifest(folder), sort_keys=True).encode())
+    for path in sorted(Path(folder).glob(f"*.{split}.*")):
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def _check(manifest: dict[str, Any]) -> None:

@@ -38,6 +38,13 @@ def validation_contexts(
     return [make_context(plain, block_size, mask_id, draw=draw) for draw in range(samples)]
 
 
+def preference_context(cfg: TrainConfig, mask_id: int) -> Context:
+    """For validation on preference pairs: the run's kind of noise, eval.samples draws of it."""
+    dpo = dataclasses.replace(cfg.dpo, samples=cfg.eval.samples)
+    plain = dataclasses.replace(cfg, seed=EVAL_SEED, dpo=dpo)
+    return make_context(plain, cfg.schedule.posttrain_block, mask_id)
+
+
 class ScoreError(UserError, ValueError):
     """A text or a row length that cannot be scored; the message says why."""
 

@@ -41,17 +41,18 @@ def dpo_objective(model: Transformer, batch: Batch, context: Context) -> LossOut
         missing = "preference pairs" if batch.preference is None else "the reference's bounds"
         raise ValueError(f"the rows hold no {missing}: the objective 'dpo' needs them")
     shares, counted, stats, load = _bound_shares(model, batch, context)
-    pair = (batch.segment_ids + 1) // 2  # chosen and rejected are segments 2p − 1 and 2p
-    rejected, chosen = (_pair_sums(shares, batch.preference == side, pair) for side in (-1, 1))
-    reference_rejected, reference_chosen = (
-        _pair_sums(batch.reference, batch.preference == side, pair) for side in (-1, 1)
-    )
-    present = _pair_sums(jnp.ones_like(shares), batch.preference == 1, pair) > 0
+    pair = jnp.asarray(batch.segment_ids + 1) // 2  # the texts are segments 2p − 1 and 2p
+    first, second = jnp.asarray(batch.preference == 1), jnp.asarray(batch.preference == -1)
+    reference = jnp.asarray(batch.reference)
+    chosen, rejected = _pair_sums(shares, first, pair), _pair_sums(shares, second, pair)
+    reference_chosen = _pair_sums(reference, first, pair)
+    reference_rejected = _pair_sums(reference, second, pair)
+    present = _pair_sums(jnp.ones_like(shares), first, pair) > 0
     reward_chosen = context.dpo.beta * (chosen - reference_chosen)
     reward_rejected = context.dpo.beta * (rejected - reference_rejected)
     margin = reward_chosen - reward_rejected
     losses = jnp.where(present, -jax.nn.log_sigmoid(margin), 0.0)
-    begins = (batch.preference == 1) & (batch.positions == 0)
+    begins = first & (batch.positions == 0)
     return LossOutput(
         loss=WeightedSum(losses.sum(), present.sum(dtype=jnp.float32)),
         nll=jnp.where(begins, jnp.take_along_axis(losses, pair, 1), 0.0),

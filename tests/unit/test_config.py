@@ -123,6 +123,47 @@ def test_a_wrong_value_is_named(field):
         validate(make(**{field: value}))
 
 
+# What a DPO run needs, and what it does not take.
+DPO = {
+    "schedule__ar_tokens": 0,
+    "schedule__dpo_tokens": 1000,
+    "model": {},
+    "init__checkpoint": "somewhere",
+    "data__sources": ("pairs",),
+    "data__packing": "best_fit",
+}
+WRONG_DPO = {
+    "dpo__beta": (-0.1, r"config\.dpo\.beta=-0\.1 must be positive"),
+    "dpo__samples": (0, r"config\.dpo\.samples=0 must be positive"),
+    "dpo__antithetic": (True, r"config\.dpo\.samples=1 must be even"),
+    "reference__memory": ("disk", r"config\.reference\.memory='disk': choose one of"),
+    "reference__mask_id": (3, r"mask_id=3 is not read where config\.reference\.checkpoint is e"),
+    "schedule__ar_tokens": (9, r"dpo_tokens: its rows are preference pairs, which no other stage"),
+    "schedule__posttrain_block": (24, r"posttrain_block=24 must divide config\.data\.row_length"),
+    "data__packing": ("concat", r"dpo_tokens: name preference pairs in config\.data\.sources"),
+    "data__sources": ((), r"dpo_tokens: name preference pairs in config\.data\.sources"),
+    "noise__weight": ("flat", r"config\.noise: dpo compares bounds .*weight='elbo'"),
+    "eval__target_block_size": (32, r"target_block_size=32: dpo is validated on pairs"),
+    "optimizer__learning_rate": (0.1, r"=0\.1 is not read where learning_rate_from_start is set"),
+}
+
+
+@pytest.mark.parametrize("field", WRONG_DPO)
+def test_a_wrong_value_for_dpo_is_named(field):
+    value, message = WRONG_DPO[field]
+    rest = DPO | ({"optimizer__learning_rate_from_start": True} if "rate" in field else {})
+    assert validate(make(**rest)).phases == (Phase("dpo", "dpo", 32, 1000),)
+    with pytest.raises(ConfigError, match=message):
+        validate(make(**rest | {field: value}))
+
+
+@pytest.mark.parametrize("field", ["dpo__beta", "reference__cache"])
+def test_what_only_dpo_reads_is_refused_elsewhere(field):
+    value = {"dpo__beta": 0.5, "reference__cache": "file"}[field]
+    with pytest.raises(ConfigError, match="is not read where schedule.dpo_tokens is 0"):
+        validate(make(**{field: value}))
+
+
 @pytest.mark.parametrize("stage", ["warmup", "decay"])
 @pytest.mark.parametrize("block", [0, 5, 64])
 def test_a_block_must_divide_the_row(stage, block):
@@ -417,8 +458,9 @@ def test_a_step_of_a_shipped_config_keeps_the_shapes_of_its_state(config):
     shape = (cfg.data.rows_per_step, cfg.data.row_length)
     ints = jax.ShapeDtypeStruct(shape, jnp.int32)
     fields = dict.fromkeys((f.name for f in dataclasses.fields(Batch)), ints)
+    floats = jax.ShapeDtypeStruct(shape, jnp.float32)
     fields |= {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool)}
-    batch = Batch(**fields | {"loss_weights": jax.ShapeDtypeStruct(shape, jnp.float32)})
+    batch = Batch(**fields | {"loss_weights": floats, "reference": floats})
     for objective in sorted({phase.objective for phase in cfg.phases}):
         step = make_train_step(cfg, model, objective)
         after, metrics = jax.eval_shape(step, state, batch, make_context(cfg, 1, 0))

@@ -11,7 +11,7 @@ from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, DataConfig, Phase, ScheduleConfig, TrainConfig
 from llada2_jax.evals.likelihood import default_row_length
 from llada2_jax.metrics import MetricLogger, read_metrics
-from llada2_jax.train import _checksums, _restored, _save, _Trace, _validate
+from llada2_jax.train import _restored, _save, _Trace, _validate
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config
 
@@ -100,8 +100,8 @@ def test_checksums_of_a_model_tell_its_parts_apart():
         "architecture": {"config": config(rope_theta=1e4)},
         "parameters": {"params": {"layer": {"w": jnp.arange(4.0)[::-1]}}},
     }
-    before = _checksums(model)
-    assert before == _checksums(dataclasses.replace(model, config=config(remat="full")))
+    before = model.checksums()
+    assert before == dataclasses.replace(model, config=config(remat="full")).checksums()
     for part, change in others.items():
-        after = _checksums(dataclasses.replace(model, **change))
+        after = dataclasses.replace(model, **change).checksums()
         assert [name for name in before if before[name] != after[name]] == [part]
