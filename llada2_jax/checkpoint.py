@@ -40,7 +40,7 @@ from flax import nnx
 from llada2_jax import checksums
 from llada2_jax.config import model_dict
 from llada2_jax.errors import UserError
-from llada2_jax.types import ModelConfig, Params, RopeScaling, SpecialTokens
+from llada2_jax.types import LoRAConfig, ModelConfig, Params, RopeScaling, SpecialTokens
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 << 20  # small enough to stream, large enough that mini is hundreds of files
@@ -61,6 +61,7 @@ class ModelBundle:
     special: ids with a meaning. tokenizer_files: {file name: text}. generation: defaults for the
     sampler (block_size, threshold, temperature, ...). hf_config: the Hugging Face config.json.
     hf_dtypes: {parameter path: dtype name} that an export writes. provenance: where it comes from.
+    base: of adapters (config.lora), the model under them: path, param_dtype, checksums.
     """
 
     config: ModelConfig
@@ -71,6 +72,7 @@ class ModelBundle:
     hf_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     hf_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def checksums(self) -> dict[str, int]:
         """Of the parts of the model, in whatever form its files are: what tells it from another."""
@@ -84,15 +86,18 @@ class ModelBundle:
 
     def model_item(self) -> dict[str, Any]:
         """The JSON of the item `model`."""
+        config = dataclasses.asdict(self.config)
+        if self.config.lora is None:
+            del config["lora"]
         return {
             "format_version": FORMAT_VERSION,
-            "config": dataclasses.asdict(self.config),
+            "config": config,
             "hf_config": self.hf_config,
             "special_tokens": dataclasses.asdict(self.special),
             "generation": self.generation,
             "hf_dtypes": self.hf_dtypes,
             "provenance": self.provenance,
-        }
+        } | ({"base": self.base} if self.base else {})
 
     def tokenizer_item(self) -> dict[str, str]:
         """The JSON of the item `tokenizer`."""
@@ -120,6 +125,9 @@ class ModelBundle:
             config["rope_scaling"] = _dataclass(
                 RopeScaling, config["rope_scaling"], "config.rope_scaling"
             )
+        if config.get("lora") is not None:
+            lora = _dataclass(LoRAConfig, config["lora"], "config.lora")
+            config["lora"] = dataclasses.replace(lora, modules=tuple(lora.modules))
         return cls(
             config=_dataclass(ModelConfig, config, "config"),
             params=params,
@@ -127,7 +135,7 @@ class ModelBundle:
             tokenizer_files=dict(tokenizer),
             **{
                 name: dict(_mapping(model, name, {}))
-                for name in ("generation", "hf_config", "hf_dtypes", "provenance")
+                for name in ("generation", "hf_config", "hf_dtypes", "provenance", "base")
             },
         )
 

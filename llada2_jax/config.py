@@ -23,7 +23,7 @@ import ml_collections
 
 from llada2_jax import mask_embedding, remat
 from llada2_jax.errors import UserError
-from llada2_jax.types import ModelConfig
+from llada2_jax.types import LoRAConfig, ModelConfig
 from pallas_kernels import block_attention, grouped_matmul
 
 
@@ -117,7 +117,8 @@ class DPOConfig:
 @dataclasses.dataclass(frozen=True)
 class ReferenceConfig:
     """The model that "dpo" compares with. checkpoint: as init.checkpoint; empty: that one.
-    mask_id: as in init. memory: where it stays between its forwards, on the "device" or the "host".
+    mask_id: as in init. memory: where it stays between its forwards, on the "device" or the "host";
+    under adapters (lora) the starting model is there anyway, and takes no memory of its own.
     cache: a file for its bounds, which are computed when the run first begins, and read after that:
     then no memory is needed; empty: computed beside each step."""
 
@@ -362,6 +363,7 @@ class TrainConfig:
     reference: ReferenceConfig = ReferenceConfig()
     embedding_noise: EmbeddingNoiseConfig = EmbeddingNoiseConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoRAConfig = LoRAConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     spikes: SpikeConfig = SpikeConfig()
@@ -411,7 +413,7 @@ def default_config() -> ml_collections.ConfigDict:
 def model_dict(cfg: ModelConfig) -> dict[str, Any]:
     """The architecture fields of a ModelConfig, as `config.model` takes them."""
     fields = dataclasses.asdict(cfg)
-    return {k: v for k, v in fields.items() if k not in _fields(RuntimeConfig)}
+    return {k: v for k, v in fields.items() if k not in _fields(RuntimeConfig) | {"lora"}}
 
 
 def load_config(path: str | Path, **overrides: Any) -> ml_collections.ConfigDict:
@@ -546,6 +548,7 @@ _NOT_NEGATIVE = (
     "schedule.sft_tokens",
     "schedule.cap_tokens",
     "schedule.dpo_tokens",
+    "lora.rank",
     "schedule.total_tokens",
     "cap.weight",
     "eval.every_tokens",
@@ -611,6 +614,7 @@ def _check(cfg: TrainConfig) -> None:
     )
     _check_init(cfg)
     _check_dpo(cfg)
+    _check_lora(cfg)
     _require(
         cfg.data.rows_per_step % cfg.optimizer.accumulate == 0,
         f"config.data.rows_per_step={cfg.data.rows_per_step} is not a multiple of "
@@ -769,8 +773,31 @@ def _check_dpo(cfg: TrainConfig) -> None:
         "set: then the reference does not stay at all",
     )
     _require(
+        not (cfg.lora.rank and reference.memory == "host" and not reference.checkpoint),
+        "config.reference.memory='host': the reference is the model under the adapters "
+        "(config.lora.rank), which stays on the device",
+    )
+    _require(
         mask < 0 or bool(cfg.reference.checkpoint),
         f"config.reference.mask_id={mask} is not read where config.reference.checkpoint is empty",
+    )
+
+
+def _check_lora(cfg: TrainConfig) -> None:
+    lora = cfg.lora
+    if not lora.rank:
+        _require(lora == LoRAConfig(), "config.lora is not read where config.lora.rank is 0")
+        return
+    _require(lora.alpha > 0, f"config.lora.alpha={lora.alpha} must be positive")
+    _require(
+        bool(cfg.init.checkpoint) and cfg.init.mask_embedding == "keep",
+        "config.lora.rank: adapters sit on a model as it is: name it in config.init.checkpoint "
+        "and leave config.init.mask_embedding at 'keep'",
+    )
+    rate = cfg.optimizer.expert_bias_rate
+    _require(
+        not rate,
+        f"config.optimizer.expert_bias_rate={rate}: it would change the weights under the adapters",
     )
 
 

@@ -20,9 +20,12 @@ from llada2_jax import checkpoint, progress
 from llada2_jax.checkpoint import CheckpointError, ModelBundle, ParamReader, ParamWriter
 from llada2_jax.checksums import box_checksum
 from llada2_jax.errors import EXIT_STATUS, UsageError
+from llada2_jax.hub import open_source
+from llada2_jax.hub.adapted import AdaptedSource, merged_description
 from llada2_jax.hub.config import same_architecture
 from llada2_jax.inputs import positive
 
+Reader = ParamReader | AdaptedSource
 METRIC = "validation.bits_per_byte"
 MODES = ("min", "max")
 TOP_K = 4
@@ -202,7 +205,8 @@ def merge_checkpoints(
     _check_weights(weights, len(paths))
     bundles = [checkpoint.load_bundle(path) for path in paths]
     cache = checkpoint.CACHE_BYTES // len(paths)
-    readers = [ParamReader(path / checkpoint.PARAMS, cache) for path in paths]
+    readers = [_reader(path, bundle, cache) for path, bundle in zip(paths, bundles, strict=True)]
+    bundles = [merged_description(bundle) for bundle in bundles]
     for path, bundle, reader in zip(paths[1:], bundles[1:], readers[1:], strict=True):
         _check_same_model(paths[0], bundles[0], path, bundle)
         _check_same_arrays(paths[0], readers[0], path, reader)
@@ -214,6 +218,14 @@ def merge_checkpoints(
     with checkpoint.replacing(out, overwrite=overwrite) as folder:
         _write_average(readers, weights, folder / checkpoint.PARAMS)
         checkpoint.write_items(folder, dataclasses.replace(bundles[0], provenance=provenance))
+
+
+def _reader(path: Path, bundle: ModelBundle, cache: int) -> Reader:
+    if bundle.config.lora is None:
+        return ParamReader(path / checkpoint.PARAMS, cache)
+    source = open_source(path, bundle)
+    assert isinstance(source, AdaptedSource)
+    return source
 
 
 def _check_weights(weights: Sequence[float], count: int) -> None:
@@ -237,7 +249,7 @@ def _check_same_model(a_path: Path, a: ModelBundle, b_path: Path, b: ModelBundle
         )
 
 
-def _check_same_arrays(a_path: Path, a: ParamReader, b_path: Path, b: ParamReader) -> None:
+def _check_same_arrays(a_path: Path, a: Reader, b_path: Path, b: Reader) -> None:
     for name in sorted(a.specs.keys() | b.specs.keys()):
         if a.specs.get(name) != b.specs.get(name):
             raise CheckpointError(
@@ -245,12 +257,12 @@ def _check_same_arrays(a_path: Path, a: ParamReader, b_path: Path, b: ParamReade
             )
 
 
-def _spec(reader: ParamReader, name: str) -> str:
+def _spec(reader: Reader, name: str) -> str:
     spec = reader.specs.get(name)
     return "absent" if spec is None else f"{spec.dtype}{list(spec.shape)}"
 
 
-def _write_average(readers: Sequence[ParamReader], weights: Sequence[float], folder: Path) -> None:
+def _write_average(readers: Sequence[Reader], weights: Sequence[float], folder: Path) -> None:
     specs = readers[0].specs
     writer = ParamWriter(folder, specs)
     total = sum(spec.nbytes for spec in specs.values())
@@ -262,12 +274,13 @@ def _write_average(readers: Sequence[ParamReader], weights: Sequence[float], fol
                 writer.write(name, box, average.astype(spec.dtype))
                 bar.update(average.size * spec.dtype.itemsize)
             for reader, found in zip(readers, sums, strict=True):
-                reader.verify(name, found)
+                if isinstance(reader, ParamReader):
+                    reader.verify(name, found)
     writer.finish()
 
 
 def _average(
-    readers: Sequence[ParamReader],
+    readers: Sequence[Reader],
     weights: Sequence[float],
     name: str,
     box: tuple[slice, ...],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
+from llada2_jax import progress
 from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, TrainConfig
 from llada2_jax.data.best_fit import BestFitRows
@@ -150,7 +151,7 @@ def bounds_of_pairs(
     for pairs that no row holds."""
     bounds = np.full((len(rows.documents.ids), 2), np.nan, np.float32)
     numbers = range(0, rows.epoch_rows, rows_per_step)
-    for first in tqdm(numbers, desc="reference", unit="step", disable=None):
+    for first in progress.bar(numbers, "reference", unit="step"):
         chosen = np.minimum(np.arange(first, first + rows_per_step), rows.epoch_rows - 1)
         fields = [rows[int(number)] for number in chosen]
         batch = to_batch({name: np.stack([f[name] for f in fields]) for name in fields[0]})
@@ -183,10 +184,10 @@ def _key(
 def _read(path: Path, key: dict[str, Any]) -> list[np.ndarray]:
     where = f"config.reference.cache={str(path)!r}"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             made = json.loads(str(file["key"]))
             bounds = [file[f"bounds_{i}"] for i in range(len(key["data"]))] if made == key else []
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{where} holds no bounds of a reference ({error}): remove it") from None
     stale = [name for name in key if made.get(name) != key[name]]
     if stale:

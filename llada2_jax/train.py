@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import config_flags
 from tokenizers import Tokenizer
 
+from llada2_jax.adapters import add_adapters, split_trained, without_adapters
 from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, Phase, TrainConfig, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
@@ -148,6 +148,10 @@ def _initialise_mask(bundle: ModelBundle, cfg: TrainConfig) -> ModelBundle:
     return dataclasses.replace(bundle, params=params)
 
 
+# Gives rows the bounds of the reference, if they lack them.
+Refer = Callable[[TrainState, Batch, Context], Batch]
+
+
 @dataclasses.dataclass
 class Run:
     """A training run in progress: what the loop needs at hand."""
@@ -160,7 +164,7 @@ class Run:
     logger: MetricLogger
     state: TrainState
     mesh: Mesh
-    refer: Callable[[Batch, Context], Batch]
+    refer: Refer
     steps: dict[str, Callable] = dataclasses.field(default_factory=dict)
     evals: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
@@ -214,7 +218,7 @@ def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") 
         finally:
             run.logger.close()
             run.checkpoints.close()
-    return dataclasses.replace(run.bundle, params=run.state.model_params)
+    return without_adapters(dataclasses.replace(run.bundle, params=run.state.model_params))
 
 
 def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
@@ -227,6 +231,9 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     dpo = cfg.phases[0].objective == "dpo"
     reference = load_reference(cfg, bundle, mesh) if dpo else None
     _record_config(workdir, cfg, bundle, reference)
+    if cfg.lora.rank:
+        path = str(Path(cfg.init.checkpoint).resolve())
+        bundle = add_adapters(bundle, cfg.lora, path=path, seed=cfg.seed, mesh=mesh)
     rows = cfg.data.rows_per_step // cfg.optimizer.accumulate
     try:
         if corpus is None:
@@ -323,11 +330,14 @@ def _refer(
     corpus: Corpus,
     validation: list[Batch],
     mesh: Mesh,
-) -> tuple[Corpus, list[Batch], Callable[[Batch, Context], Batch]]:
+) -> tuple[Corpus, list[Batch], Refer]:
     """Gives the rows of a run the bounds of the reference: the validation rows now; those for
     training in the corpus, if they are cached, or else by the function that is returned."""
     if reference is None:
-        return corpus, validation, lambda batch, context: batch
+        return corpus, validation, lambda state, batch, context: batch
+    if cfg.reference.cache:
+        context = make_context(cfg, cfg.schedule.posttrain_block, reference.special.mask)
+        corpus = cached_bounds(cfg, reference, corpus, context, mesh)
     held_out = preference_context(cfg, reference.special.mask)
     step = make_reference_step(reference.config, mesh=mesh)
     validation = [
@@ -335,16 +345,16 @@ def _refer(
         for batch in validation
     ]
     if cfg.reference.cache:
-        context = make_context(cfg, cfg.schedule.posttrain_block, reference.special.mask)
-        corpus = cached_bounds(cfg, reference, corpus, context, mesh)
-        return corpus, validation, lambda batch, context: batch
-    params = place(reference.params, cfg.reference.memory)
+        return corpus, validation, lambda state, batch, context: batch
     step = make_reference_step(reference.config, cfg.optimizer.accumulate, mesh)
-    return (
-        corpus,
-        validation,
-        lambda batch, context: dataclasses.replace(batch, reference=step(params, batch, context)),
-    )
+    shared = cfg.lora.rank > 0 and not cfg.reference.checkpoint
+    params = None if shared else place(reference.params, cfg.reference.memory)
+
+    def refer(state: TrainState, batch: Batch, context: Context) -> Batch:
+        bounds = step(state.buffers if shared else params, batch, context)
+        return dataclasses.replace(batch, reference=bounds)
+
+    return corpus, validation, refer
 
 
 def _check_readable(cfg: TrainConfig, corpus: Corpus) -> None:
@@ -393,7 +403,7 @@ def _restored(
 
     Raises: ConfigError where the data would not go on at the row that comes next.
     """
-    found = checkpoints.restore_newest(like.model_params, like.beside_params, before=before)
+    found = checkpoints.restore_newest(like.saved_params, like.beside_params, before=before)
     if found is None:
         return None
     params, rest, train_item = found
@@ -405,7 +415,9 @@ def _restored(
             f"config.data.rows_per_step={rows} puts it at {step * rows}: set it to "
             f"{next_row // step}, or choose another workdir"
         )
-    trained, buffers = nnx.split_state(params, nnx.Param, ...)
+    if cfg.lora.rank:
+        return dataclasses.replace(rest, params=params, buffers=like.buffers), step
+    trained, buffers = split_trained(params)
     return dataclasses.replace(rest, params=trained, buffers=buffers), step
 
 
@@ -447,7 +459,7 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) ->
             run.bundle.special.mask,
             sigma=embedding_noise_sigma(cfg, step),
         )
-        batch = run.refer(batch, context)
+        batch = run.refer(run.state, batch, context)
         run.state, metrics = run.train_step(phase)(run.state, batch, context)
         trace.after(metrics)
         pending.steps.append((step + 1, phase, metrics))
@@ -624,7 +636,7 @@ def _save(run: Run, step: int, scores: dict[str, Any] | None = None, *, wait: bo
     run.logger.sync()
     state = run.state
     run.checkpoints.save(
-        step, bundle, state.model_params, state.beside_params, train_item, wait=wait
+        step, bundle, state.saved_params, state.beside_params, train_item, wait=wait
     )
 
 

@@ -12,11 +12,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from llada2_jax.adapters import split_trained
 from llada2_jax.checksums import checksum
 from llada2_jax.config import TrainConfig
 from llada2_jax.model import build, merge_params
+from llada2_jax.model.layers import Adapter
 from llada2_jax.objectives import OBJECTIVES, Context, LossOutput, whole_batch_context
 from llada2_jax.optimizer import make_optimizer
 from llada2_jax.sharding import (
@@ -50,6 +52,12 @@ class TrainState:
     watch: SpikeWatch
 
     @property
+    def saved_params(self) -> Params:
+        """What a checkpoint keeps: the adapters, if those are trained, and else all."""
+        adapters = nnx.filter_state(self.params, Adapter)
+        return adapters if jax.tree.leaves(adapters) else self.model_params
+
+    @property
     def model_params(self) -> Params:
         """Parameters and buffers together, as `merge_params` takes them."""
         return nnx.merge_state(self.params, self.buffers)
@@ -64,7 +72,7 @@ def init_state(cfg: TrainConfig, params: Params, mesh: Mesh | None = None) -> Tr
     """A state at step 0 from a model's parameters, placed on the mesh (default: one device)."""
     mesh = mesh or single_device_mesh()
     params = jax.device_put(params, shardings(params, mesh))
-    trained, buffers = nnx.split_state(params, nnx.Param, ...)
+    trained, buffers = split_trained(params)
     init = make_optimizer(cfg).init
     placed = _optimizer_shardings(cfg, jax.eval_shape(init, trained), mesh)
     opt_state = jax.jit(init, out_shardings=placed)(trained)
@@ -253,7 +261,7 @@ def make_train_step(
         new_state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
-            buffers=keep(_balanced(cfg, state.buffers, load.tokens), state.buffers),
+            buffers=_balanced(cfg, state.buffers, load.tokens, applied),
             opt_state=_at_step(keep(opt_state, before), state.step + 1),
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
             skipped=state.skipped + skip,
@@ -266,7 +274,9 @@ def make_train_step(
             "skipped": new_state.skipped,
             "skipped_in_a_row": new_state.skipped_in_a_row,
             "data_checksum": _data_checksum(batch),
-            "mask_embedding_norm": jnp.linalg.norm(state.params["embedding"][...][context.mask_id]),
+            "mask_embedding_norm": jnp.linalg.norm(
+                state.model_params["embedding"][...][context.mask_id].astype(jnp.float32)
+            ),
             "expert_load_max_over_mean": _imbalance(load.tokens),
             "expert_overflow": overflow,
             "router_z": _router_z(load, model_cfg),
@@ -290,15 +300,18 @@ def _data_checksum(batch: Batch) -> UInt32[Array, ""]:
     return checksum(jnp.stack([jnp.asarray(field) for field in fields]))
 
 
-def _balanced(cfg: TrainConfig, buffers: Params, load: Int[Array, "layers E"]) -> Params:
+def _balanced(
+    cfg: TrainConfig, buffers: Params, load: Int[Array, "layers E"], applied: Bool[Array, ""]
+) -> Params:
     """Auxiliary-loss-free balancing: the selection bias of an expert with less than the mean load
-    rises by the configured rate, that of one with more falls; the bias keeps a mean of zero."""
+    rises by the configured rate, that of one with more falls; the bias keeps a mean of zero. Not
+    where the step is not applied."""
     rate = cfg.optimizer.expert_bias_rate
     if not rate:
         return buffers
     load = load.astype(jnp.float32)
     delta = rate * jnp.sign(load.mean(-1, keepdims=True) - load)
-    delta = delta - delta.mean(-1, keepdims=True)
+    delta = jnp.where(applied, delta - delta.mean(-1, keepdims=True), 0.0)
     return jax.tree.map(lambda bias: bias + delta.astype(bias.dtype), buffers)
 
 

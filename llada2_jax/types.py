@@ -32,12 +32,32 @@ class RopeScaling:
     attention_factor: float | None = None
 
 
+ADAPTED_MODULES = ("attention", "dense", "experts", "shared")
+"""What low-rank adapters may sit on: attention, dense feed-forwards, routed and shared experts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (arXiv 2106.09685): a frozen weight W becomes W + alpha / rank · A B.
+
+    rank: columns of A; 0: none. modules: of ADAPTED_MODULES, all their matrices."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    modules: tuple[str, ...] = ("attention",)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of LLaDA2 / Ling 2.0 (BailingMoeV2); field names follow the field's terms.
 
     dtype: of activations and matmuls. param_dtype: of stored parameters. The router, norms,
-    softmax and loss are fp32 whatever these say.
+    softmax and loss are fp32 whatever these say. lora: adapters, if the model
+    has any, as parameters of their own.
     """
 
     vocab_size: int
@@ -70,6 +90,7 @@ class ModelConfig:
     expert_buffer: float = 2.0
     expert_exchange: str = "auto"
     remat: str = "none"
+    lora: LoRAConfig | None = None
 
     @property
     def num_dense_layers(self) -> int:

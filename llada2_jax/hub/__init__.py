@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from llada2_jax import checkpoint
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
+from llada2_jax.hub.adapted import AdaptedSource, merged_description
 from llada2_jax.hub.config import config_from_hf, config_to_hf, special_tokens
 from llada2_jax.hub.huggingface import HFModel, is_hf_folder, read_json, read_tokenizer_files
 from llada2_jax.hub.placing import read_placed
@@ -25,6 +26,7 @@ __all__ = [
     "config_to_hf",
     "load_bundle",
     "load_model",
+    "open_source",
     "param_shapes",
 ]
 
@@ -48,27 +50,47 @@ def load_model(
         of all of them on the default device.
       config_overrides: fields of ModelConfig, e.g. dtype="float32", param_dtype="float32".
 
+    A checkpoint that holds adapters gives the merged model.
+
     Returns: a bundle whose params fit `merge_params(bundle.config, bundle.params)`, cast to the
       config's param_dtype.
     Raises: CheckpointError that names the file, field or tensor.
     """
     path = Path(path)
     bundle = load_bundle(path, mask_id=mask_id, eos_id=eos_id, pad_id=pad_id)
-    bundle = dataclasses.replace(bundle, config=_override(bundle.config, config_overrides))
-    abstract = build(bundle.config)[1]
+    config = _override(dataclasses.replace(bundle.config, lora=None), config_overrides)
+    source = open_source(path, bundle)
+    bundle = dataclasses.replace(merged_description(bundle), config=config)
+    abstract = build(config)[1]
     flat = checkpoint.flatten(abstract)
-    if is_hf_folder(path):
-        shapes = {name: leaf.shape for name, leaf in flat.items()}
-        model = HFModel(path, bundle.hf_config, shapes)
-    else:
-        model = checkpoint.ParamReader(path / checkpoint.PARAMS)
     if mesh is not None:
-        leaves = read_placed(model, abstract, mesh)
-    elif isinstance(model, HFModel):
-        leaves = model.read_all(lambda name: np.dtype(flat[name].dtype))
+        leaves = read_placed(source, abstract, mesh)
+    elif isinstance(source, HFModel):
+        leaves = source.read_all(lambda name: np.dtype(flat[name].dtype))
     else:
-        leaves = model.read_all()
+        leaves = source.read_all()
     return dataclasses.replace(bundle, params=checkpoint.fill_params(abstract, leaves))
+
+
+def open_source(
+    path: str | os.PathLike[str], bundle: ModelBundle
+) -> HFModel | checkpoint.ParamReader | AdaptedSource:
+    """The parameters of a model in any form; of adapters, those of the merged model.
+
+    bundle: from `load_bundle`. Raises: CheckpointError that names what does not fit the config.
+    """
+    path = Path(path)
+    if bundle.config.lora is not None:
+        factors = checkpoint.ParamReader(path / checkpoint.PARAMS).read_all()
+        base = Path(bundle.base["path"])
+        under = load_bundle(base, mask_id=bundle.special.mask)
+        return AdaptedSource(open_source(base, under), bundle, factors)
+    shapes = param_shapes(bundle.config)
+    if is_hf_folder(path):
+        return HFModel(path, bundle.hf_config, shapes)
+    source = checkpoint.ParamReader(path / checkpoint.PARAMS)
+    checkpoint.check_shapes(shapes, source.specs)
+    return source
 
 
 def load_bundle(

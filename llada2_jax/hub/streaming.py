@@ -17,12 +17,12 @@ from llada2_jax.checkpoint import (
     ArraySpec,
     CheckpointError,
     ModelBundle,
-    ParamReader,
     ParamWriter,
     Source,
 )
 from llada2_jax.hub import config as hub_config
-from llada2_jax.hub import load_bundle, names, param_shapes
+from llada2_jax.hub import load_bundle, names, open_source
+from llada2_jax.hub.adapted import merged_description
 from llada2_jax.hub.huggingface import HFModel, is_hf_folder, read_tokenizer_files
 from llada2_jax.hub.safetensors_files import DTYPES, TensorFolderWriter
 from llada2_jax.mask_embedding import mask_row
@@ -66,7 +66,8 @@ def convert(source: Path, target: Path, options: Options | None = None) -> dict[
     source, target, options = Path(source), Path(target), options or Options()
     bundle = _bundle(source, options)
     to = options.to or ("orbax" if is_hf_folder(source) else "hf")
-    params = _open(source, bundle)
+    params = open_source(source, bundle)
+    bundle = merged_description(bundle)
     wanted = dict.fromkeys(params.specs, options.dtype)
     if options.dtype is None and to == "hf":
         wanted = {path: bundle.hf_dtypes.get(path) for path in params.specs}
@@ -108,15 +109,6 @@ def _bundle(source: Path, options: Options) -> ModelBundle:
         pad_id=options.pad_id,
         tokenizer_files=files,
     )
-
-
-def _open(source: Path, bundle: ModelBundle) -> HFModel | ParamReader:
-    shapes = param_shapes(bundle.config)
-    if is_hf_folder(source):
-        return HFModel(source, bundle.hf_config, shapes)
-    params = ParamReader(source / checkpoint.PARAMS)
-    checkpoint.check_shapes(shapes, params.specs)
-    return params
 
 
 def _target_dtype(params: Source, path: str, wanted: str | None) -> np.dtype:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llada2_jax.model.layers import RMSNorm, normal, parameter, rotate
+from llada2_jax.model.layers import RMSNorm, adapted, adapter, normal, parameter, rotate
 from llada2_jax.sharding import axis_size, constrain, cut, gathered, on_shards
 from llada2_jax.types import ModelConfig
 from pallas_kernels.block_attention import block_attention
@@ -60,10 +60,12 @@ class Attention(nnx.Module):
         d, heads, kv, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         dtype = cfg.param_dtype
         # q, k and v in one matrix, as released: heads, then keys, then values.
-        self.qkv = parameter(
-            rngs, (d, heads + 2 * kv, h), ("embed", "heads", None), normal(cfg), dtype
-        )
-        self.out = parameter(rngs, (heads, h, d), ("heads", None, "embed"), normal(cfg), dtype)
+        qkv = (d, heads + 2 * kv, h), ("embed", "heads", None)
+        out = (heads, h, d), ("heads", None, "embed")
+        self.qkv = parameter(rngs, *qkv, normal(cfg), dtype)
+        self.out = parameter(rngs, *out, normal(cfg), dtype)
+        self.qkv_adapter = adapter("attention", cfg, rngs, *qkv)
+        self.out_adapter = adapter("attention", cfg, rngs, *out, inputs=2)
         self.q_norm = RMSNorm(h, cfg, rngs)
         self.k_norm = RMSNorm(h, cfg, rngs)
         self.cfg = cfg
@@ -79,11 +81,12 @@ class Attention(nnx.Module):
         q, k, v = self._project(x)
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
         if cache is None:
-            out = self._attend_to_self(q, k, v, layout)
+            heads = self._attend_to_self(q, k, v, layout)
         else:
             backend = decode_backend(self.cfg.attention_backend)
-            out = decode_attention(q, k, v, layout, cache, backend=backend)
-        out = jnp.einsum("btnh,nhd->btd", out, gathered(self.out, x.dtype))
+            heads = decode_attention(q, k, v, layout, cache, backend=backend)
+        out = jnp.einsum("btnh,nhd->btd", heads, gathered(self.out, x.dtype))
+        out = adapted(out, self.out_adapter, heads)
         return out, KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     def _project(self, x: Float[Array, "B T D"]) -> list[Array]:
@@ -91,11 +94,16 @@ class Attention(nnx.Module):
         ends = [self.cfg.num_heads, self.cfg.num_heads + self.cfg.num_kv_heads]
         qkv = gathered(self.qkv, x.dtype)
         if axis_size("model") == 1:
-            return jnp.split(jnp.einsum("btd,dnh->btnh", x, qkv), ends, axis=2)
+            made = adapted(jnp.einsum("btd,dnh->btnh", x, qkv), self.qkv_adapter, x)
+            return jnp.split(made, ends, axis=2)
         # Cut along the heads of all three at once, they are dealt out anew, each by its own heads:
         # the weights here, which are smaller than what they make.
         kernels = [constrain(w, None, "heads", None) for w in jnp.split(qkv, ends, axis=1)]
-        return [jnp.einsum("btd,dnh->btnh", x, w) for w in kernels]
+        made = [jnp.einsum("btd,dnh->btnh", x, w) for w in kernels]
+        if self.qkv_adapter is None:
+            return made
+        added = jnp.split(self.qkv_adapter(x), ends, axis=2)
+        return [out + more for out, more in zip(made, added, strict=True)]
 
     def _attend_to_self(self, q, k, v, layout: BlockLayout) -> Float[Array, "B T H h"]:
         """Each device attends with its rows, tokens and heads: kernels are opaque to XLA's

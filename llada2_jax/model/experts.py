@@ -27,7 +27,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llada2_jax.model.exchange import exchange, expert_routes
-from llada2_jax.model.layers import normal, parameter, swiglu
+from llada2_jax.model.layers import LowRank, adapter, normal, parameter, swiglu
 from llada2_jax.sharding import axis_size, gathered
 from llada2_jax.types import ModelConfig
 from pallas_kernels.grouped_matmul import grouped_matmul, row_alignment
@@ -120,10 +120,12 @@ class Experts(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         e, d, f = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
         dtype = cfg.param_dtype
-        self.gate_up = parameter(
-            rngs, (e, d, 2, f), ("expert", "embed", None, "mlp"), normal(cfg), dtype
-        )
-        self.down = parameter(rngs, (e, f, d), ("expert", "mlp", "embed"), normal(cfg), dtype)
+        up = (e, d, 2, f), ("expert", "embed", None, "mlp")
+        down = (e, f, d), ("expert", "mlp", "embed")
+        self.gate_up = parameter(rngs, *up, normal(cfg), dtype)
+        self.down = parameter(rngs, *down, normal(cfg), dtype)
+        self.gate_up_adapter = adapter("experts", cfg, rngs, *up, groups=1)
+        self.down_adapter = adapter("experts", cfg, rngs, *down, groups=1)
         self.cfg = cfg
 
     def __call__(
@@ -201,9 +203,16 @@ class Experts(nnx.Module):
                 rows, w, plan.sizes, alignment=alignment, backend=self.cfg.experts_backend
             )
 
-        gate_up = matmul(rows, gathered(self.gate_up, rows.dtype))
+        def project(rows, kernel, low_rank: LowRank | None):
+            out = matmul(rows, gathered(kernel, rows.dtype))
+            if low_rank is None:
+                return out
+            a, b = (gathered(factor, rows.dtype) for factor in (low_rank.a, low_rank.b))
+            return out + low_rank.scale * matmul(matmul(rows, a), b)
+
+        gate_up = project(rows, self.gate_up, self.gate_up_adapter)
         hidden = swiglu(gate_up.reshape(rows.shape[0], 2, -1))
-        return matmul(hidden, gathered(self.down, rows.dtype))
+        return project(hidden, self.down, self.down_adapter)
 
 
 def _combine(

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llada2_jax.sharding import gathered
-from llada2_jax.types import ModelConfig, RopeScaling
+from llada2_jax.types import LoRAConfig, ModelConfig, RopeScaling
 from pallas_kernels.block_layout import HostOrDevice
 
 
@@ -33,6 +33,62 @@ def parameter(
     return kind(init(rngs.params(), shape, jnp.dtype(dtype)), logical_axes=axes)
 
 
+class Adapter(nnx.Param):
+    """A low-rank factor, which is trained in place of the weight it is added to."""
+
+
+class LowRank(nnx.Module):
+    """x -> alpha / rank · (x a) b, beside a matrix of shape [*groups, *inputs, *outputs].
+
+    a [*groups, *inputs, rank] is drawn with variance 1 / inputs, b [*groups, rank, *outputs] is 0:
+    at first it adds nothing. Both are fp32 and cut over devices as the matrix is.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        lora: LoRAConfig,
+        *,
+        groups: int = 0,
+        inputs: int = 1,
+    ):
+        first, last = slice(0, groups + inputs), slice(groups + inputs, None)
+        init = nnx.initializers.normal(math.prod(shape[groups : groups + inputs]) ** -0.5)
+        a_shape, b_shape = (*shape[first], lora.rank), (*shape[:groups], lora.rank, *shape[last])
+        b_axes = (*axes[:groups], None, *axes[last])
+        self.a = parameter(rngs, a_shape, (*axes[first], None), init, "float32", Adapter)
+        self.b = parameter(rngs, b_shape, b_axes, nnx.initializers.zeros, "float32", Adapter)
+        self.inputs, self.scale = inputs, lora.scale
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        narrow = jnp.tensordot(x, gathered(self.a, x.dtype), self.inputs)
+        return self.scale * jnp.tensordot(narrow, gathered(self.b, x.dtype), 1)
+
+
+def adapter(
+    module: str,
+    cfg: ModelConfig,
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    groups: int = 0,
+    inputs: int = 1,
+) -> LowRank | None:
+    """The adapter of a matrix that is declared with this shape and these axes, if its module has
+    them. groups, inputs: how many axes are of either kind; the rest are outputs."""
+    if cfg.lora is None or module not in cfg.lora.modules:
+        return None
+    return LowRank(rngs, shape, axes, cfg.lora, groups=groups, inputs=inputs)
+
+
+def adapted(out: Float[Array, "..."], low_rank: LowRank | None, x: Float[Array, "..."]):
+    """What a matrix made of x, and what its adapter, if there is one, adds."""
+    return out if low_rank is None else out + low_rank(x)
+
+
 def normal(cfg: ModelConfig) -> nnx.Initializer:
     """Ling's initialiser: a normal of cfg.initializer_range."""
     return nnx.initializers.normal(cfg.initializer_range)
@@ -52,16 +108,20 @@ class RMSNorm(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU. gate and up share one matrix [D, 2, F]."""
+    """SwiGLU. gate and up share one matrix [D, 2, F]. module: one of ADAPTED_MODULES."""
 
-    def __init__(self, width: int, cfg: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, width: int, cfg: ModelConfig, rngs: nnx.Rngs, *, module: str):
         d, dtype = cfg.hidden_size, cfg.param_dtype
-        self.gate_up = parameter(rngs, (d, 2, width), ("embed", None, "mlp"), normal(cfg), dtype)
-        self.down = parameter(rngs, (width, d), ("mlp", "embed"), normal(cfg), dtype)
+        up, down = ((d, 2, width), ("embed", None, "mlp")), ((width, d), ("mlp", "embed"))
+        self.gate_up = parameter(rngs, *up, normal(cfg), dtype)
+        self.down = parameter(rngs, *down, normal(cfg), dtype)
+        self.gate_up_adapter = adapter(module, cfg, rngs, *up)
+        self.down_adapter = adapter(module, cfg, rngs, *down)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate_up = jnp.einsum("...d,dcf->...cf", x, gathered(self.gate_up, x.dtype))
-        return swiglu(gate_up) @ gathered(self.down, x.dtype)
+        hidden = swiglu(adapted(gate_up, self.gate_up_adapter, x))
+        return adapted(hidden @ gathered(self.down, x.dtype), self.down_adapter, hidden)
 
 
 def swiglu(gate_up: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:

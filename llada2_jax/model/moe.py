@@ -57,7 +57,7 @@ class MoE(nnx.Module):
         self.experts = Experts(cfg, rngs)
         if cfg.num_shared_experts:
             width = cfg.moe_intermediate_size * cfg.num_shared_experts
-            self.shared = FeedForward(width, cfg, rngs)
+            self.shared = FeedForward(width, cfg, rngs, module="shared")
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, ExpertLoad]:
         """The mixture's output and what the router did."""

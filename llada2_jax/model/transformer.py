@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,8 @@ class Layer(nnx.Module):
         self.attention_norm = RMSNorm(cfg.hidden_size, cfg, rngs)
         self.attention = Attention(cfg, rngs)
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg, rngs)
-        self.mlp = MoE(cfg, rngs) if moe else FeedForward(cfg.intermediate_size, cfg, rngs)
+        dense = functools.partial(FeedForward, cfg.intermediate_size, module="dense")
+        self.mlp = MoE(cfg, rngs) if moe else dense(cfg, rngs)
 
     def __call__(self, x, rotary, layout, cache):
         attended, kv = self.attention(self.attention_norm(x), rotary, layout, cache)

@@ -69,7 +69,7 @@ def test_a_checkpoint_tells_how_long_its_rows_were():
         cfg=TrainConfig(workdir="w", data=data, schedule=ScheduleConfig(ar_tokens=1000)),
         bundle=bundle,
         logger=SimpleNamespace(sync=lambda: None),
-        state=SimpleNamespace(model_params=None, beside_params=None),
+        state=SimpleNamespace(saved_params=None, beside_params=None),
         checkpoints=SimpleNamespace(save=lambda step, bundle, *_, wait: saved.append(bundle)),
     )
     _save(run, 1)  # pyright: ignore[reportArgumentType]
@@ -81,7 +81,7 @@ def test_a_checkpoint_at_another_row_of_the_data_is_not_resumed():
     item = {"step": 4, "data": {"next_row": 32}}
     checkpoints = SimpleNamespace(restore_newest=lambda *like, before: (None, None, item))
     cfg = TrainConfig(workdir="w", data=DataConfig(rows_per_step=4))
-    like = SimpleNamespace(model_params=None, beside_params=None)
+    like = SimpleNamespace(saved_params=None, beside_params=None)
     with pytest.raises(
         ConfigError, match=r"at row 32 .*rows_per_step=4 puts it at 16: set it to 8"
     ):

@@ -337,6 +337,11 @@ def test_the_newest_the_best_of_each_kind_and_every_so_often():
     assert Retention(last=1, best=0, every=3).kept({2: {}, 4: {}, 5: {}, 7: {}}) == {4, 7}
 
 
+def test_without_bits_per_byte_the_loss_decides():
+    scores = {step: {"kind": "dpo", "loss": abs(step - 2.1)} for step in range(1, 5)}
+    assert Retention(last=1, best=1).kept(scores) == {2, 4}
+
+
 def test_old_ones_go_once_the_new_one_is_there(tmp_path):
     cfg = dataclasses.replace(CFG, keep_last=1, keep_best=1)
     checkpoints = TrainCheckpoints(tmp_path, cfg)
