@@ -82,7 +82,8 @@ def bounds(model, batch: Batch, how: str, draws: int) -> np.ndarray:
 
 def spread(draws: np.ndarray, size: int) -> float:
     """Standard deviation of means of `size` draws [draws, pairs], root mean square over pairs."""
-    means = draws.reshape(-1, size, draws.shape[1]).mean(1)
+    whole = draws[: len(draws) // size * size]
+    means = whole.reshape(-1, size, draws.shape[1]).mean(1)
     return float(np.sqrt(means.var(0, ddof=1).mean()))
 
 
@@ -123,7 +124,8 @@ def main() -> None:
         for how, (theta, ref) in found.items():
             gain, each = theta - ref, DRAWS[how][1]
             size = forwards // each
-            cells.append(f"{spread(gain[..., 0] - gain[..., 1], size):.2f}" if size else "")
+            enough = size and len(gain) >= 4 * size  # means to take a deviation of
+            cells.append(f"{spread(gain[..., 0] - gain[..., 1], size):.2f}" if enough else "")
         print(f"| {forwards} | {' | '.join(cells)} |")
 
 
