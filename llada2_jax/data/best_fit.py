@@ -155,7 +155,7 @@ class BestFitRows:
         if not len(document):
             raise ValueError(
                 f"no document fits a row: data.row_length={self.row_length}, shortest document "
-                f"{lengths.min(initial=0)} tokens; raise it, or split long documents "
+                f"{min(lengths, default=0)} tokens; raise it, or split long documents "
                 "(data.long_documents)"
             )
         first = np.minimum(chosen[document], stop)
