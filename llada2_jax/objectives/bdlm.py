@@ -98,15 +98,13 @@ def denoising_loss(
     """
     low, high = context.rates
     in_range = (draw.noised.rate > low) & (draw.noised.rate <= high)
-    masked = in_range & (draw.masked > 0)
-    weights = jnp.where(masked, draw.masked * draw.noised.weight, 0.0)
-    noised, editing = draw.noised, context.noise.edit_rate > 0
-    if editing:
+    masked, visible = (jnp.where(in_range, x, 0.0) for x in (draw.masked, draw.visible))
+    batch, noised, weights = draw.batch, draw.noised, masked * draw.noised.weight
+    if context.noise.edit_rate:
         noised = _with_edits(model, draw, context)
-        weights += jnp.where(in_range, context.noise.edit_weight * draw.visible, 0.0)
+        weights += context.noise.edit_weight * visible
     if entropy_weights is not None:
-        entropy_weights = jnp.where(masked, entropy_weights, 0.0)
-    batch = draw.batch
+        entropy_weights = jnp.where(in_range, entropy_weights, 0.0)
     hidden, load = noisy_hidden(model, batch, noised, draw.block, context, clean_half=clean_half)
     total, stats = weighted_nll(
         model,
@@ -117,18 +115,17 @@ def denoising_loss(
         temperature=context.cap.temperature,
     )
     nll = weights * stats.nll
-    metrics = prediction_metrics(stats, masked)
-    metrics["masked_nll"] = weighted(stats.nll, masked)
-    metrics["mask_rate"] = weighted(draw.noised.noise_mask, draw.supervised > 0)
-    if editing:
-        visible = in_range & (draw.visible > 0)
-        replaced = visible & (noised.tokens != batch.tokens)
-        metrics["edit_nll"] = weighted(stats.nll, visible)
+    metrics = prediction_metrics(stats, masked > 0)
+    metrics["masked_nll"] = weighted(stats.nll, masked > 0)
+    metrics["mask_rate"] = weighted(draw.masked > 0, draw.supervised > 0)
+    if context.noise.edit_rate:
+        replaced = (visible > 0) & (noised.tokens != batch.tokens)
+        metrics["edit_nll"] = weighted(stats.nll, visible > 0)
         metrics["edit_recovery"] = weighted(stats.correct, replaced)
     if entropy_weights is not None and stats.entropy is not None:
         certainty = jnp.where(stats.correct, stats.entropy, 0.0)
         nll += entropy_weights * certainty
-        metrics["confidence_loss"] = weighted(certainty, jnp.where(masked, draw.masked, 0.0))
+        metrics["confidence_loss"] = weighted(certainty, masked)
     return LossOutput(
         loss=WeightedSum(total, draw.supervised.sum()),
         nll=nll.reshape(draw.members, -1, nll.shape[1]).mean(0),

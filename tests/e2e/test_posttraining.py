@@ -82,7 +82,7 @@ class Killed(Exception):
 
 
 def test_conversations_to_sft_to_cap_to_text(folder, monkeypatch, capsys):
-    options = {"noise__later_turns": "hide", "noise__edit_rate": 0.2, "optimizer__accumulate": 2}
+    options = {"noise__later_turns": "hide", "noise__edit_rate": 0.2}
     whole = train(folder, "sft", "sft", "model", **options)
     steps = [line for line in whole if line["kind"] == "train"]
     assert len(steps) == STEPS and all(np.isfinite(line["loss"]) for line in steps)
