@@ -94,18 +94,7 @@ def assert_as_alone(folder: Path, workdir: str) -> None:
         np.testing.assert_allclose(leaf, ends[1][name], atol=2e-4, err_msg=name)
 
 
-def test_two_processes_train_as_one(folder):
-    for status, said in finish(start(folder, "two", 2), PATIENCE):
-        assert status == 0, said
-    assert_as_alone(folder, "two")
-    (started,) = read_starts(folder / "two")
-    assert started["processes"] == 2 and started["mesh"]["fsdp"] == 2
-    # Both have written: each its own part of the parameters.
-    written = (folder / f"two/checkpoints/{STEPS}/params").glob("ocdbt.process_*")
-    assert sorted(path.name for path in written) == ["ocdbt.process_0", "ocdbt.process_1"]
-
-
-def test_when_one_is_killed_the_other_ends_and_one_process_goes_on(folder):
+def test_two_train_as_one_until_one_is_killed_and_one_process_goes_on(folder):
     processes = start(folder, "killed", 2)
     wait_for_step(folder / "killed", 12, processes)
     processes[1].send_signal(signal.SIGKILL)
@@ -114,9 +103,20 @@ def test_when_one_is_killed_the_other_ends_and_one_process_goes_on(folder):
     assert (status, killed) == (RESTART, -signal.SIGKILL), said
     assert "the job ends: process 1 of 2 died" in said
     assert time.monotonic() - before < HEARTBEAT + 30, "slow, even for a busy machine"
+    # Both have written the checkpoint: each its own part of the parameters.
+    written = (folder / "killed/checkpoints/8/params").glob("ocdbt.process_*")
+    assert sorted(path.name for path in written) == ["ocdbt.process_0", "ocdbt.process_1"]
     assert cli.main(arguments(folder, "killed")) == 0
-    assert [x["processes"] for x in read_starts(folder / "killed")] == [2, 1]
+    starts = read_starts(folder / "killed")
+    assert [(x["processes"], x["mesh"]["fsdp"]) for x in starts] == [(2, 2), (1, 1)]
     assert_as_alone(folder, "killed")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_to_the_end(folder):
+    for status, said in finish(start(folder, "two", 2), PATIENCE):
+        assert status == 0, said
+    assert_as_alone(folder, "two")
 
 
 @pytest.mark.slow
