@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -113,9 +112,7 @@ def block_attention(
 
 def _attend_to_self(q, k, v, layout: BlockLayout, queries=None, at=None, *, backend: str):
     if backend == "auto":
-        # For a part of a row, proven on rows as long as that part.
-        own_keys = jax.ShapeDtypeStruct((*q.shape[:2], *k.shape[2:]), k.dtype)
-        backend = select(_attend_to_self, q, own_keys, queries or layout)
+        backend = select(_attend_to_self, q, k, layout)
     if backend == "reference":
         _check_toy_size(k)
     return _SELF_ATTENTION[backend](q, k, v, layout, queries or layout, at)

@@ -17,7 +17,13 @@ import numpy as np
 
 from pallas_kernels.block_attention.reference import attend_reference
 from pallas_kernels.block_attention.selection import difference, first_proven
-from pallas_kernels.block_layout import BlockLayout, block_index, concatenate, half_layout
+from pallas_kernels.block_layout import (
+    BlockLayout,
+    block_index,
+    concatenate,
+    half_layout,
+    zigzag,
+)
 
 PREFERENCES = {"tpu": ("tpu", "splash"), "gpu": ("mosaic", "triton")}
 """Kernels to try on a platform, best first."""
@@ -29,7 +35,7 @@ BLOCK_SIZE = 32
 
 NAMES = ("output", "dq", "dk", "dv")
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, BlockLayout], jax.Array]
+Attend = Callable[..., jax.Array]
 Spans = tuple[tuple[int, int], ...]
 
 
@@ -38,7 +44,9 @@ def select(attend: Callable[..., jax.Array], q, k, layout: BlockLayout) -> str:
     spans, proven once for each.
 
     Args:
-      attend: called with (q, k, v, layout, backend=candidate).
+      attend: called with (q, k, v, layout, backend=candidate), and where there are fewer queries
+        than keys also with queries= and at=, as `block_attention` takes them.
+      layout: of the keys.
     """
     shapes = q.shape, k.shape, jnp.dtype(q.dtype), layout.spans
 
@@ -56,14 +64,20 @@ def self_check(attend: Attend, device, q_shape, k_shape, dtype, spans: Spans) ->
     padding; one program. Raises what compiling or running raises.
     """
     sampled = sampled_queries(q_shape, k_shape)
-    run = _output_and_gradients(attend)
+    at = None
+    if q_shape[1] != k_shape[1]:
+        at = zigzag(spans, k_shape[1] // q_shape[1])[0].astype(np.int32)
+    tokens = sampled if at is None else at[sampled]
+    run = _output_and_gradients(attend, at)
     with jax.default_device(device):
         inputs = _inputs(q_shape, k_shape, dtype, sampled)
         for documents in ([], [1, 129, 171, spans[0][1] // 3]):
             layout = rows_of(documents, q_shape[0], spans)
             actual = _at(sampled, *run(layout, *inputs))
             with jax.default_matmul_precision("highest"):
-                expected = _expected(tuple(sampled.tolist()), layout, *inputs)
+                expected = _expected(
+                    tuple(sampled.tolist()), tuple(tokens.tolist()), layout, *inputs
+                )
             if fault := difference(NAMES, actual, expected):
                 return fault
     return None
@@ -106,9 +120,18 @@ def _inputs(q_shape, k_shape, dtype, sampled):
     return q, k, v, jnp.where(only, cotangent, jnp.zeros((), dtype))
 
 
-def _output_and_gradients(attend: Attend):
+def _tokens_of(layout: BlockLayout, index: np.ndarray) -> BlockLayout:
+    """The layout of some tokens, those of a half together."""
+    ends = np.cumsum([n for _, n in layout.spans])
+    counts = np.bincount(np.searchsorted(ends, index, side="right"), minlength=len(ends))
+    spans = tuple((half, int(n)) for (half, _), n in zip(layout.spans, counts, strict=True))
+    return BlockLayout(layout.block[:, index], layout.segment[:, index], spans)
+
+
+def _output_and_gradients(attend: Attend, at: np.ndarray | None):
     def run(layout, q, k, v, cotangent):
-        output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, layout), q, k, v)
+        some = {} if at is None else {"queries": _tokens_of(layout, at), "at": jnp.asarray(at)}
+        output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, layout, **some), q, k, v)
         return output, *pull(cotangent)
 
     return jax.jit(run)
@@ -122,15 +145,11 @@ def _at(sampled, output, d_q, d_k, d_v):
     return rows, d_q[:, sampled], d_k, d_v
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _expected(sampled, layout: BlockLayout, q, k, v, cotangent):
-    """The oracle, a row and a key head at a time."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _expected(sampled, tokens, layout: BlockLayout, q, k, v, cotangent):
+    """The oracle of the sampled queries, which are these tokens, a row and a key head at a time."""
     index = np.asarray(sampled)
-    start, spans = 0, []
-    for half, n in layout.spans:
-        spans.append((half, int(((index >= start) & (index < start + n)).sum())))
-        start += n
-    queries = BlockLayout(layout.block[:, index], layout.segment[:, index], tuple(spans))
+    queries = _tokens_of(layout, np.asarray(tokens))
 
     def by_head(x):
         """[batch, n, heads, head_dim] -> [batch, kv_heads, n, group, head_dim]."""

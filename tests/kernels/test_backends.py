@@ -224,12 +224,35 @@ def test_the_oracle_of_the_check_is_the_oracle(monkeypatch, scores):
     sampled = checking.sampled_queries(Q.shape, K.shape)
     assert len(sampled) == min(128, scores // (2 * 128))
     inputs = checking._inputs(Q.shape, K.shape, Q.dtype, sampled)
-    expected = checking._expected(tuple(sampled.tolist()), layout, *inputs)
+    expected = checking._expected(*[tuple(sampled.tolist())] * 2, layout, *inputs)
     actual = output_and_gradients(functools.partial(exact, backend=""))(*inputs, layout)
     output, d_q, *d_keys = actual
     known = output[:, sampled], d_q[:, sampled], *d_keys
     for name, x, y in zip(checking.NAMES, known, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
+
+
+def test_a_part_of_a_row_is_proven_as_one(on_tpu, caplog):
+    """As a device has it whose mesh cuts rows: all keys, some queries; splash cannot."""
+
+    def attend(q, k, v, layout, queries, at, *, backend):
+        if backend == "tpu":
+            at = at + 1  # the wrong tokens
+            queries = type(queries)(layout.block[:, at], layout.segment[:, at], queries.spans)
+        chosen = "splash" if backend == "splash" else "reference"
+        return block_attention(q, [(k, v, layout)], queries, at=at, backend=chosen)
+
+    part = jax.ShapeDtypeStruct((2, 32, 4, 16), jnp.float32)
+    assert select(attend, part, K, LAYOUT) == "xla"
+    assert "'tpu' is not used" in caplog.text and "output is off by" in caplog.text
+    assert "'splash' is not used" in caplog.text and "takes whole rows" in caplog.text
+
+
+def test_the_check_passes_a_right_part_of_a_row():
+    attend = functools.partial(api._attend_to_self, backend="xla")
+    spans = ((NOISY, 160), (CLEAN, 160))
+    shapes = (2, 80, 4, 16), (2, 320, 2, 16)
+    assert self_check(attend, DEVICE, *shapes, jnp.dtype(jnp.float32), spans) is None
 
 
 def test_processes_agree_on_the_worst(on_tpu, monkeypatch, caplog):
