@@ -10,12 +10,14 @@ fsdp       rows; parameters are cut and gathered where they are used
 expert     rows outside the experts; inside them, experts
 context    positions of a row
 model      heads, feed-forward width and vocabulary (tensor parallelism)
-stage      layers (pipeline parallelism)
+stage      rows and storage as fsdp; inside the pipeline, layers
 =========  =====================================================================================
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
@@ -37,15 +39,15 @@ AXES = ("stage", "data", "fsdp", "expert", "context", "model")
 axes communicate most."""
 
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("data", "fsdp", "expert", "stage"),
     "length": ("context",),
     "heads": ("model",),
     "mlp": ("model",),
     "vocab": ("model",),
     "expert": ("expert",),
-    "embed": ("fsdp", "context", "expert"),  # storage only: see `gathered`
+    "embed": ("fsdp", "context", "expert", "stage"),  # storage only: see `gathered`
     "norm": (),
-    "layers": (),
+    "layers": (),  # they need not divide among stages: see model/pipeline.py
 }
 """Logical axis -> the mesh axes that cut it, as far as they divide it. A mesh axis cuts an array
 once: the logical axis that comes first has it."""
@@ -350,7 +352,7 @@ def gathered(param: nnx.Variable, dtype: Any) -> Array:
         at = axes.index("embed")
         taken = {name for axis in axes[:at] if axis for name in RULES[axis]}
         varies = jax.typeof(x).manual_axis_type.varying  # along what it is cut along
-        names = tuple(name for name in RULES["embed"] if name in varies - taken)
+        names = tuple(n for n in RULES["embed"] if n in varies - taken - _APART.get())
         return jax.lax.all_gather(x, names, axis=at, tiled=True) if names else x
     return x
 
@@ -399,12 +401,45 @@ def _stored(variable: nnx.Variable, shape: Sequence[int]) -> PartitionSpec:
     return partition_spec(variable.logical_axes, shape, dict(_mesh().shape))
 
 
+_APART: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "apart", default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def apart(axis: str):
+    """Inside, devices along a mesh axis are at different work: nothing is gathered or summed over
+    it."""
+    token = _APART.set(_APART.get() | {axis})
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
 def manual_axis(axis: str) -> str | None:
     """The mesh axis that a logical axis is cut along, inside `on_shards`; else None."""
     return RULES[axis][0] if _by_hand() else None
 
 
+def whole(x: Array, axis: str, dimension: int) -> Array:
+    """All of a logical axis along a dimension, inside `on_shards`; else x."""
+    if not _by_hand():
+        return x
+    return jax.lax.all_gather(x, RULES[axis], axis=dimension, tiled=True)
+
+
+def own(x: Array, axis: str, dimension: int) -> Array:
+    """This device's part of a logical axis along a dimension, inside `on_shards`; else x. The
+    inverse of `whole`."""
+    for name in RULES[axis] if _by_hand() else ():
+        size = x.shape[dimension] // axis_size(name)
+        start = jax.lax.axis_index(name) * size
+        x = jax.lax.dynamic_slice_in_dim(x, start, size, dimension)
+    return x
+
+
 def sum_over(x: Array, *axes: str) -> Array:
     """The sum over the devices that logical axes are cut along, inside `on_shards`; else x."""
-    names = tuple(name for axis in axes for name in RULES[axis])
+    names = tuple(n for axis in axes for n in RULES[axis] if n not in _APART.get())
     return jax.lax.psum(x, names) if _by_hand() else x

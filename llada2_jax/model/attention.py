@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llada2_jax.model.layers import RMSNorm, adapted, adapter, normal, parameter, rotate
-from llada2_jax.sharding import axis_size, constrain, cut, gathered, on_shards
+from llada2_jax.sharding import axis_size, constrain, cut, gathered, on_shards, own, sum_over, whole
 from llada2_jax.types import ModelConfig
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.block_attention.decode import (
@@ -86,7 +86,7 @@ class Attention(nnx.Module):
             backend = decode_backend(self.cfg.attention_backend)
             heads = decode_attention(q, k, v, layout, cache, backend=backend)
         out = jnp.einsum("btnh,nhd->btd", heads, gathered(self.out, x.dtype))
-        out = adapted(out, self.out_adapter, heads)
+        out = sum_over(adapted(out, self.out_adapter, heads), "heads")
         return out, KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     def _project(self, x: Float[Array, "B T D"]) -> list[Array]:
@@ -98,12 +98,13 @@ class Attention(nnx.Module):
             return jnp.split(made, ends, axis=2)
         # Cut along the heads of all three at once, they are dealt out anew, each by its own heads:
         # the weights here, which are smaller than what they make.
-        kernels = [constrain(w, None, "heads", None) for w in jnp.split(qkv, ends, axis=1)]
+        kernels = jnp.split(whole(qkv, "heads", 1), ends, axis=1)
+        kernels = [constrain(own(w, "heads", 1), None, "heads", None) for w in kernels]
         made = [jnp.einsum("btd,dnh->btnh", x, w) for w in kernels]
         if self.qkv_adapter is None:
             return made
-        added = jnp.split(self.qkv_adapter(x), ends, axis=2)
-        return [out + more for out, more in zip(made, added, strict=True)]
+        added = jnp.split(whole(self.qkv_adapter(x), "heads", 2), ends, axis=2)
+        return [out + own(more, "heads", 2) for out, more in zip(made, added, strict=True)]
 
     def _attend_to_self(self, q, k, v, layout: BlockLayout) -> Float[Array, "B T H h"]:
         """Each device attends with its rows, tokens and heads: kernels are opaque to XLA's

@@ -16,6 +16,7 @@ from llada2_jax import remat
 from llada2_jax.model.attention import Attention, KVCache
 from llada2_jax.model.layers import FeedForward, RMSNorm, normal, parameter, rotary_tables
 from llada2_jax.model.moe import MoE
+from llada2_jax.model.pipeline import pipelined
 from llada2_jax.sharding import axis_size, constrain, gathered, shardings
 from llada2_jax.types import ExpertLoad, ModelConfig, Params
 from pallas_kernels.block_attention.decode import ContiguousCache, PagedCache
@@ -117,7 +118,11 @@ class Transformer(nnx.Module):
         kvs, loads, first = [], [], 0
         for stack, count in self._stacks():
             part = None if cache is None else _layers_of(cache, first, count)
-            x, kv, load = self._scan(stack, x, rotary, layout, part, return_kv)
+            if axis_size("stage") > 1 and stack is getattr(self, "moe_layers", None):
+                x, load = self._in_stages(stack, count, x, rotary, layout)
+                kv = None
+            else:
+                x, kv, load = self._scan(stack, x, rotary, layout, part, return_kv)
             kvs.append(kv)
             loads.append(load)
             first += count
@@ -151,6 +156,16 @@ class Transformer(nnx.Module):
         if self.cfg.num_moe_layers:
             stacks.append((self.moe_layers, self.cfg.num_moe_layers))
         return stacks
+
+    def _in_stages(self, stack, count, x, rotary, layout):
+        graphdef, params = nnx.split(stack)
+
+        def layers(params, x, rotary, layout):
+            module = nnx.merge(graphdef, params)
+            x, _, load = self._scan(module, x, rotary, layout, None, False)
+            return x, load
+
+        return pipelined(layers, params, count, x, rotary, layout)
 
     def _scan(self, stack, x, rotary, layout, cache, return_kv):
         graphdef, params = nnx.split(stack)
