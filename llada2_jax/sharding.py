@@ -283,6 +283,12 @@ def check_mesh(cfg: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
             raise ConfigError(
                 f"config.mesh.{axis}={mesh.shape[axis]} does not divide the model's {name}={size}"
             )
+    storage = math.prod(mesh.shape[axis] for axis in RULES["embed"])
+    if mesh.shape["stage"] > 1 and model.hidden_size % storage:
+        raise ConfigError(
+            f"config.mesh: {' x '.join(RULES['embed'])} make {storage}, which must divide the "
+            f"model's hidden_size={model.hidden_size} where config.mesh.stage is not 1"
+        )
     pieces = 2 * mesh.shape["context"]
     if mesh.shape["context"] > 1 and cfg.data.row_length % pieces:
         raise ConfigError(
@@ -299,6 +305,26 @@ def check_mesh(cfg: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
 
 
 # ---- inside the model ----------------------------------------------------------------------------
+
+
+_NONE: frozenset[str] = frozenset()
+_APART: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("apart", default=_NONE)
+_TRACKED: contextvars.ContextVar[bool] = contextvars.ContextVar("tracked", default=True)
+
+
+@contextlib.contextmanager
+def _setting(variable: contextvars.ContextVar, value: Any):
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def apart(axis: str):
+    """A context in which devices along a mesh axis are at different work: nothing is gathered or
+    summed over it."""
+    return _setting(_APART, _APART.get() | {axis})
 
 
 def cut(*axes: str | None) -> PartitionSpec:
@@ -351,7 +377,8 @@ def gathered(param: nnx.Variable, dtype: Any) -> Array:
     if _by_hand():
         at = axes.index("embed")
         taken = {name for axis in axes[:at] if axis for name in RULES[axis]}
-        varies = jax.typeof(x).manual_axis_type.varying  # along what it is cut along
+        # What jax tracks varies along what it is cut along; `check_mesh` sees to the rest.
+        varies = jax.typeof(x).manual_axis_type.varying if _TRACKED.get() else set(AXES)
         names = tuple(n for n in RULES["embed"] if n in varies - taken - _APART.get())
         return jax.lax.all_gather(x, names, axis=at, tiled=True) if names else x
     return x
@@ -386,35 +413,24 @@ def on_shards(
     """
     if not _by_compiler():
         return function(params, *arguments)
+
+    def inside(*args: Any) -> Any:
+        with _setting(_TRACKED, check_vma):
+            return function(*args)
+
     placed = jax.tree.map(
         lambda variable: jax.tree.map(lambda x: _stored(variable, x.shape), variable),
         params,
         is_leaf=_is_variable,
     )
     mapped = jax.shard_map(
-        function, in_specs=(placed, *specs), out_specs=out_specs, check_vma=check_vma
+        inside, in_specs=(placed, *specs), out_specs=out_specs, check_vma=check_vma
     )
     return mapped(params, *arguments)
 
 
 def _stored(variable: nnx.Variable, shape: Sequence[int]) -> PartitionSpec:
     return partition_spec(variable.logical_axes, shape, dict(_mesh().shape))
-
-
-_APART: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
-    "apart", default=frozenset()
-)
-
-
-@contextlib.contextmanager
-def apart(axis: str):
-    """Inside, devices along a mesh axis are at different work: nothing is gathered or summed over
-    it."""
-    token = _APART.set(_APART.get() | {axis})
-    try:
-        yield
-    finally:
-        _APART.reset(token)
 
 
 def manual_axis(axis: str) -> str | None:
