@@ -52,7 +52,6 @@ MIXED = {"fsdp": 2, "expert": 2, "model": 2}
 CASES = [
     ("ar", {"data": 2, "fsdp": 4}, {}),
     ("ar", {"model": 2}, {}),
-    ("ar", {"expert": 8}, {}),
     ("ar", MIXED, {"tie_word_embeddings": True, "remat": "full"}),
     ("bdlm", MIXED, {}),
 ]
