@@ -374,14 +374,19 @@ def gathered(param: nnx.Variable, dtype: Any) -> Array:
         used = [None if axis == "embed" else axis for axis in axes]
         specs = [partition_spec(names, x.shape, dict(_mesh().shape)) for names in (axes, used)]
         return _gather(x, *specs)
-    if _by_hand():
-        at = axes.index("embed")
-        taken = {name for axis in axes[:at] if axis for name in RULES[axis]}
-        # What jax tracks varies along what it is cut along; `check_mesh` sees to the rest.
-        varies = jax.typeof(x).manual_axis_type.varying if _TRACKED.get() else set(AXES)
-        names = tuple(n for n in RULES["embed"] if n in varies - taken - _APART.get())
-        return jax.lax.all_gather(x, names, axis=at, tiled=True) if names else x
-    return x
+    names = cut_along(param, "embed")
+    return jax.lax.all_gather(x, names, axis=axes.index("embed"), tiled=True) if names else x
+
+
+def cut_along(param: nnx.Variable, axis: str) -> tuple[str, ...]:
+    """The mesh axes that a parameter is cut along in a logical axis of its, inside `on_shards`."""
+    if not _by_hand():
+        return ()
+    before = param.logical_axes[: param.logical_axes.index(axis)]
+    taken = {name for other in before if other for name in RULES[other]}
+    # What jax tracks varies along what it is cut along; `check_mesh` sees to the rest.
+    varies = jax.typeof(param[...]).manual_axis_type.varying if _TRACKED.get() else set(AXES)
+    return tuple(name for name in RULES[axis] if name in varies - taken - _APART.get())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -453,6 +458,11 @@ def own(x: Array, axis: str, dimension: int) -> Array:
         start = jax.lax.axis_index(name) * size
         x = jax.lax.dynamic_slice_in_dim(x, start, size, dimension)
     return x
+
+
+def manual_index(axis: str) -> int | Array:
+    """Which part of a logical axis this device has, inside `on_shards`; else 0."""
+    return jax.lax.axis_index(RULES[axis]) if _by_hand() else 0
 
 
 def sum_over(x: Array, *axes: str) -> Array:

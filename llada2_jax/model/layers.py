@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llada2_jax.sharding import gathered
+from llada2_jax.sharding import cut, cut_along, gathered, manual_index, on_shards, sum_over
 from llada2_jax.types import LoRAConfig, ModelConfig, RopeScaling
 from pallas_kernels.block_layout import HostOrDevice
 
@@ -122,6 +122,34 @@ class FeedForward(nnx.Module):
         gate_up = jnp.einsum("...d,dcf->...cf", x, gathered(self.gate_up, x.dtype))
         hidden = swiglu(adapted(gate_up, self.gate_up_adapter, x))
         return adapted(hidden @ gathered(self.down, x.dtype), self.down_adapter, hidden)
+
+
+def embed(
+    table: nnx.Variable, tokens: Int[HostOrDevice, "B T"], dtype: str
+) -> Float[Array, "B T D"]:
+    """Rows of a table [V, D]."""
+    where = cut("batch", "length")
+    ids = jnp.asarray(tokens)
+    return on_shards(_embed_columns(dtype), table, ids, specs=[where], out_specs=where)
+
+
+def _embed_columns(dtype: str):
+    """Each device looks up the columns that it stores, for the tokens of all that store others, and
+    then they swap: the table itself is never gathered."""
+
+    def lookup(table: nnx.Variable, tokens: Array) -> Array:
+        columns = table[...].astype(dtype)
+        names = cut_along(table, "embed")
+        if names:
+            tokens = jax.lax.all_gather(tokens, names)
+        first = manual_index("vocab") * columns.shape[0]
+        x = jnp.take(columns, tokens - first, axis=0, mode="fill", fill_value=0)
+        x = jnp.where((tokens >= first)[..., None], x, jnp.zeros((), x.dtype))
+        if names:
+            x = jax.lax.all_to_all(x, names, 0, x.ndim - 1, tiled=True)[0]
+        return sum_over(x, "vocab")
+
+    return lookup
 
 
 def swiglu(gate_up: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from llada2_jax import remat
 from llada2_jax.model.attention import Attention, KVCache
-from llada2_jax.model.layers import FeedForward, RMSNorm, normal, parameter, rotary_tables
+from llada2_jax.model.layers import FeedForward, RMSNorm, embed, normal, parameter, rotary_tables
 from llada2_jax.model.moe import MoE
 from llada2_jax.model.pipeline import pipelined
 from llada2_jax.sharding import axis_size, constrain, gathered, shardings
@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
         """
         order = self._order(layout)
         tokens, positions = jnp.asarray(tokens)[:, order], jnp.asarray(positions)[:, order]
-        x = self.embedding[...].astype(self.cfg.dtype)[tokens]
+        x = embed(self.embedding, tokens, self.cfg.dtype)
         if embedding_noise is not None:
             x = x + embedding_noise[:, order].astype(x.dtype)
         x = constrain(x, "batch", "length", None)
