@@ -36,7 +36,7 @@ from llada2_jax.hub.config import config_to_hf, special_tokens
 from llada2_jax.hub.huggingface import read_tokenizer_files
 from llada2_jax.mask_embedding import mask_row
 from llada2_jax.metrics import MetricLogger
-from llada2_jax.model import init_params
+from llada2_jax.model import build, init_params
 from llada2_jax.objectives import Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
 from llada2_jax.reference import (
@@ -90,7 +90,8 @@ def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
     runtime = dataclasses.asdict(cfg.runtime)
     if cfg.init.checkpoint:
         mask_id = _given(cfg.init.mask_id)
-        _check_length(cfg, load_bundle(cfg.init.checkpoint, mask_id=mask_id).config)
+        found = load_bundle(cfg.init.checkpoint, mask_id=mask_id).config
+        _check_model(cfg, dataclasses.replace(found, **runtime), mesh)
         bundle = load_model(cfg.init.checkpoint, mask_id=mask_id, mesh=mesh, **runtime)
         provenance = bundle.provenance | {"checksums": bundle.checksums()}
         bundle = dataclasses.replace(bundle, provenance=provenance)
@@ -99,7 +100,7 @@ def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
         model = ModelConfig(**cfg.model, **runtime)
     except TypeError as error:
         raise ConfigError(f"config.model: {error}") from error
-    _check_length(cfg, model)
+    _check_model(cfg, model, mesh)
     files = read_tokenizer_files(Path(cfg.data.tokenizer))
     if "tokenizer.json" not in files:
         raise ConfigError(f"config.data.tokenizer={cfg.data.tokenizer!r} holds no tokenizer.json")
@@ -113,12 +114,16 @@ def _given(mask_id: int) -> int | None:
     return mask_id if mask_id >= 0 else None
 
 
-def _check_length(cfg: TrainConfig, model: ModelConfig) -> None:
+def _check_model(cfg: TrainConfig, model: ModelConfig, mesh: Mesh | None) -> None:
+    """What the config and the mesh ask of a model, before its parameters are read."""
     row, limit = cfg.data.row_length, model.max_position_embeddings
     if row > limit:
         raise ConfigError(
             f"config.data.row_length={row} is beyond the model's max_position_embeddings={limit}"
         )
+    if mesh is not None:
+        check_mesh(cfg, model, mesh)
+        check_cut(placements(build(model)[1], mesh), mesh)
 
 
 def _describe(bundle: ModelBundle, cfg: TrainConfig) -> ModelBundle:
@@ -227,7 +232,6 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     cfg = _with_learning_rate(cfg)
     mesh = make_mesh(cfg.mesh)
     bundle = starting_bundle(cfg, mesh)
-    check_mesh(cfg, bundle.config, mesh)
     dpo = cfg.phases[0].objective == "dpo"
     reference = load_reference(cfg, bundle, mesh) if dpo else None
     _record_config(workdir, cfg, bundle, reference)
@@ -277,11 +281,10 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
 def _report_placement(
     cfg: TrainConfig, logger: MetricLogger, state: TrainState, validation: list[Batch], mesh: Mesh
 ) -> None:
-    """Says what each device of a mesh holds. Raises: ConfigError, see `check_cut`."""
+    """Says what each device of a mesh holds."""
     if mesh.size == 1:
         return
     params, rest = placements(state.model_params, mesh), placements(state.opt_state, mesh)
-    check_cut([*params, *rest], mesh)
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     moments = sum(place.bytes_per_device for place in rest) / 2**20
     logger.say(

@@ -11,7 +11,7 @@ from tests.sharding.helpers import CFG, MODEL, assert_equal, gradients, mesh_of
 
 def test_gradients():
     mesh = mesh_of(fsdp=2, context=2, model=2)
-    assert_equal(gradients(mesh, "bdlm"), gradients(mesh_of(), "bdlm"))
+    assert_equal(gradients(mesh, "mdlm"), gradients(mesh_of(), "mdlm"))
 
 
 def test_rows_that_do_not_divide():
