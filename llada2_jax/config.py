@@ -216,8 +216,10 @@ class OptimizerConfig:
     (Ling's pretraining: 1e-3; not published for the conversion; 0: the bias stays).
     router_z_loss: weight of Σ logsumexp(router logits)² over positions and layers, divided as the
     loss is (Ling's pretraining: 3.5e-6; not published for the conversion; 0: off).
-    max_consecutive_skips: this many
-    skipped steps in a row (see SpikeConfig) end the run."""
+    moments: what Adam's moments are stored as; "int8" with a scale for each 128 neighbours.
+    rounding: of updated bf16 parameters (runtime.param_dtype), "stochastic", or "nearest", which
+    loses updates below half of what bf16 resolves (see optimizer.py).
+    max_consecutive_skips: this many skipped steps in a row (see SpikeConfig) end the run."""
 
     learning_rate: float = 1e-3
     learning_rate_from_start: bool = False
@@ -234,6 +236,8 @@ class OptimizerConfig:
     offload: bool = False
     expert_bias_rate: float = 0.0
     router_z_loss: float = 0.0
+    moments: str = "float32"
+    rounding: str = "stochastic"
     max_consecutive_skips: int = 5
 
 
@@ -302,8 +306,10 @@ class SpikeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """How to compute, not what: dtypes, kernels, recomputation. attention_backend: "auto" takes the
-    fastest kernel that proves itself on the device at hand (docs/kernels.md). expert_buffer: room
+    """How to compute, not what: dtypes, kernels, recomputation. param_dtype: of the parameters that
+    the optimizer updates; "float32" are master weights, cast to dtype where they are used, for
+    "bfloat16" see optimizer.rounding. attention_backend: "auto" takes the fastest kernel that
+    proves itself on the device at hand (docs/kernels.md). expert_buffer: room
     for pairs of tokens and experts on a device of mesh axis `expert`, in units of a balanced load
     (see spikes.expert_overflow); 0: the worst case, which nothing overflows. expert_exchange: how
     tokens reach the devices of their experts, "gather" or "ragged"; "auto" is "gather" on up to 8
@@ -489,6 +495,8 @@ CHOICES = {
     "data.packing": ("concat", "best_fit"),
     "data.long_documents": ("error", "skip", "split"),
     "init.mask_embedding": mask_embedding.CHOICES,
+    "optimizer.moments": ("float32", "bfloat16", "int8"),
+    "optimizer.rounding": ("stochastic", "nearest"),
     "spikes.non_finite": ("skip", "rollback", "stop"),
     "spikes.loss": ("ignore", "skip", "rollback", "stop"),
     "spikes.expert_overflow": ("ignore", "skip", "rollback", "stop"),
@@ -615,6 +623,11 @@ def _check(cfg: TrainConfig) -> None:
     _check_init(cfg)
     _check_dpo(cfg)
     _check_lora(cfg)
+    _require(
+        cfg.runtime.param_dtype == "bfloat16" or cfg.optimizer.rounding == OptimizerConfig.rounding,
+        f"config.optimizer.rounding={cfg.optimizer.rounding!r} is not read where "
+        "config.runtime.param_dtype='float32': it belongs to 'bfloat16'",
+    )
     _require(
         cfg.data.rows_per_step % cfg.optimizer.accumulate == 0,
         f"config.data.rows_per_step={cfg.data.rows_per_step} is not a multiple of "

@@ -20,7 +20,7 @@ from llada2_jax.config import TrainConfig
 from llada2_jax.model import build, merge_params
 from llada2_jax.model.layers import Adapter
 from llada2_jax.objectives import OBJECTIVES, Context, LossOutput, whole_batch_context
-from llada2_jax.optimizer import make_optimizer
+from llada2_jax.optimizer import apply_updates, make_optimizer, rounding_key
 from llada2_jax.sharding import (
     batch_sharding,
     constrain,
@@ -197,6 +197,7 @@ def accumulated(
     """Gradient of the summed loss over n micro-batches, divided once by the whole denominator.
 
     How the batch is cut therefore leaves the gradient alone. The output's sums run over all rows.
+    Gradients of several micro-batches are summed in fp32, whatever the parameters' dtype.
     """
     context = whole_batch_context(objective, batch, context)
     one = functools.partial(_loss_and_grad, objective, model_cfg, router_z_loss, params, buffers)
@@ -207,12 +208,15 @@ def accumulated(
         micro = jax.tree.map(lambda x: constrain(x, None, "batch"), micro)
         first, rest = jax.tree.map(lambda x: x[0], micro), jax.tree.map(lambda x: x[1:], micro)
 
-        def add(carry, batch):
+        def sums(batch):
             grads, output = one(batch, context)
-            return jax.tree.map(jnp.add, carry, (grads, dataclasses.replace(output, nll=None))), ()
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            return grads, dataclasses.replace(output, nll=None)
 
-        grads, output = one(first, context)
-        (grads, output), _ = jax.lax.scan(add, (grads, dataclasses.replace(output, nll=None)), rest)
+        def add(carry, batch):
+            return jax.tree.map(jnp.add, carry, sums(batch)), ()
+
+        (grads, output), _ = jax.lax.scan(add, sums(first), rest)
     weight = jnp.maximum(output.loss.weight, 1.0)
     return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), output
 
@@ -242,7 +246,7 @@ def make_train_step(
             cfg.optimizer.accumulate,
             cfg.optimizer.router_z_loss,
         )
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         loss = output.loss.mean()
         load = output.expert_load
         overflow = load.overflow.sum()
@@ -250,9 +254,10 @@ def make_train_step(
         before = state.opt_state
         if cfg.optimizer.offload:
             before = jax.device_put(before, jax.memory.Space.Device)
+        key_moments, key_params = jax.random.split(rounding_key(cfg, state.step))
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            updates, opt_state = optimizer.update(grads, before, state.params)
-        params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(grads, before, state.params, key=key_moments)
+        params = apply_updates(cfg, state.params, updates, key_params)
 
         def keep(new, old):
             return jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)

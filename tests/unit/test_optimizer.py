@@ -1,0 +1,181 @@
+"""What each precision of parameters and moments keeps of fp32 Adam, and what it loses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from llada2_jax import optimizer
+from llada2_jax.config import ConfigError, TrainConfig, default_config, validate
+from llada2_jax.model import build
+from llada2_jax.train_step import accumulated, init_state, make_context, reset_moments
+from tests.helpers import config, make_batch
+
+STEPS = 50
+
+
+def run_config(param_dtype="float32", **fields) -> TrainConfig:
+    """A config whose learning rate is 1e-5 from the first step to the last."""
+    cfg = default_config()
+    cfg.workdir = "unused"
+    cfg.schedule.ar_tokens = STEPS * cfg.data.row_length * cfg.data.rows_per_step
+    with cfg.unlocked():
+        cfg.model = {"vocab_size": 16}
+    cfg.runtime.param_dtype = param_dtype
+    constant = {"warmup_fraction": 0.0, "decay_fraction": 0.0, "final_fraction": 1.0}
+    cfg.optimizer.update({"learning_rate": 1e-5, "weight_decay": 0.0, **constant, **fields})
+    return validate(cfg)
+
+
+def trained(cfg: TrainConfig, params, gradients, start=0, state=None):
+    """(parameters, optimizer state) after one step for each gradient."""
+    adam = optimizer.make_optimizer(cfg)
+
+    @jax.jit
+    def step(params, state, gradient, number):
+        moments, rounding = jax.random.split(optimizer.rounding_key(cfg, number))
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = adam.update(gradient, state, params, key=moments)
+        return optimizer.apply_updates(cfg, params, updates, rounding), state
+
+    state = adam.init(params) if state is None else state
+    for number, gradient in enumerate(gradients, start):
+        params, state = step(params, state, gradient, jnp.int32(number))
+    return params, state
+
+
+def adam_of(state) -> optax.ScaleByAdamState:
+    def is_adam(x):
+        return isinstance(x, optax.ScaleByAdamState)
+
+    return next(x for x in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(x))
+
+
+def weights(dtype="bfloat16", value=0.02):
+    return {"kernel": jnp.full((64, 256), value, dtype)}
+
+
+@pytest.mark.parametrize(("rounding", "kept"), [("nearest", 0.0), ("stochastic", 1.0)])
+def test_small_steps_on_bf16_weights(rounding, kept):
+    """50 steps of 1e-5: to nearest nothing moves, stochastically the mean moves as in fp32."""
+    gradients = [{"kernel": jnp.ones((64, 256))}] * STEPS
+    exact, _ = trained(run_config(), weights("float32"), gradients)
+    moved = exact["kernel"][0, 0] - 0.02
+    np.testing.assert_allclose(moved, -STEPS * 1e-5, rtol=1e-3)
+    start = weights()
+    cfg = run_config("bfloat16", rounding=rounding)
+    after, _ = trained(cfg, start, gradients)
+    assert after["kernel"].dtype == jnp.bfloat16
+    change = after["kernel"].astype(jnp.float32) - start["kernel"].astype(jnp.float32)
+    # A step rounds by up to 1.2e-4; 50 of them over 16384 weights leave the mean 3e-6 uncertain.
+    np.testing.assert_allclose(change.mean(), kept * moved, atol=1.2e-5)
+
+
+def test_stochastic_rounding_takes_a_neighbour_and_keeps_the_mean():
+    x = jnp.float32(1.0) + jnp.float32(2.0**-7) * jnp.linspace(0, 1, 9)[:, None]
+    x = jnp.concatenate([x, -x]) * jnp.ones((1, 20000))
+    rounded = optimizer.stochastic_bfloat16(x, jax.random.key(0)).astype(jnp.float32)
+    assert set(np.unique(np.abs(rounded))) <= {1.0, 1.0 + 2.0**-7}
+    np.testing.assert_allclose(rounded.mean(1), x[:, 0], atol=4 * 2.0**-7 / 2 / np.sqrt(20000))
+    special = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0.0, -0.0, 3.0], jnp.float32)
+    for seed in range(3):
+        kept = optimizer.stochastic_bfloat16(special, jax.random.key(seed))
+        np.testing.assert_array_equal(kept.astype(jnp.float32), special)
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+def test_rounding_is_a_function_of_seed_and_step(moments):
+    """A run that stops and goes on has the bits of one that does not; another seed has others."""
+    rng = np.random.default_rng(0)
+    cfg = run_config("bfloat16", moments=moments)
+    gradients = [{"kernel": jnp.asarray(rng.standard_normal((64, 256)))} for _ in range(4)]
+    gradients = optax.tree.cast(gradients, jnp.float32)
+    whole = trained(cfg, weights(), gradients)
+    first = trained(cfg, weights(), gradients[:2])
+    resumed = trained(cfg, first[0], gradients[2:], start=2, state=first[1])
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    other, _ = trained(dataclasses.replace(cfg, seed=1), weights(), gradients)
+    assert (np.asarray(other["kernel"]) != np.asarray(whole[0]["kernel"])).any()
+    repeated = trained(cfg, first[0], gradients[2:], start=0, state=first[1])
+    assert (np.asarray(repeated[0]["kernel"]) != np.asarray(whole[0]["kernel"])).any()
+
+
+@pytest.mark.parametrize(("moments", "tolerance"), [("bfloat16", 0.02), ("int8", 0.10)])
+def test_stored_moments_stay_near_adams(moments, tolerance):
+    """Gradients of four sizes, in rows and in neighbours of one block; bias over many weights."""
+    rng = np.random.default_rng(1)
+    size = np.geomspace(1e-6, 1e-3, 64)[:, None] * np.asarray([1.0, 0.3] * 128)
+    gradients = [
+        {"kernel": jnp.asarray(size * (1 + rng.standard_normal(size.shape)), jnp.float32)}
+        for _ in range(STEPS)
+    ]
+    cfg = {name: run_config(moments=name, clip_norm=0.0) for name in ("float32", moments)}
+    exact, _ = trained(cfg["float32"], weights("float32"), gradients)
+    stored, state = trained(cfg[moments], weights("float32"), gradients)
+    step = np.asarray(exact["kernel"]) - 0.02
+    difference = np.asarray(stored["kernel"]) - np.asarray(exact["kernel"])
+    assert np.linalg.norm(difference) < tolerance * np.linalg.norm(step)
+    # Signed error along the step: what rounding to nearest would leave behind.
+    assert abs((difference * step).sum()) < tolerance / 4 * (step**2).sum()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(adam_of(state)[1:]))
+    assert held < {"bfloat16": 4.01, "int8": 2.1}[moments] * size.size
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+def test_a_slow_average_follows_its_target(moments):
+    """b2=0.999 moves by a thousandth a step, less than 8 or 16 bits resolve."""
+    cfg = run_config(moments=moments, b2=0.999, clip_norm=0.0)
+    large, small = {"kernel": jnp.ones((64, 256))}, {"kernel": jnp.full((64, 256), 0.9)}
+    _, state = trained(cfg, weights("float32"), [large] * 5 + [small] * 400)
+    exact = sum(0.001 * 0.999**i * (0.81 if i < 400 else 1.0) for i in range(405))
+    nu = adam_of(state).nu
+    if moments == "int8":
+        nu = jax.tree.map(jnp.square, optimizer._dequantized(nu))
+    np.testing.assert_allclose(nu["kernel"].astype(jnp.float32).mean(), exact, rtol=0.02)
+
+
+def test_no_second_moment_is_rounded_to_zero():
+    """Else one neighbour's large gradient makes the others' steps lr · m / eps."""
+    gradient = np.full((2, 128), 1e-7, np.float32)
+    gradient[0, 0], gradient[1] = 1.0, 0.0
+    cfg = run_config(moments="int8", clip_norm=0.0)
+    after, state = trained(cfg, {"kernel": jnp.zeros((2, 128))}, [{"kernel": gradient}] * 3)
+    assert (np.asarray(adam_of(state).nu.values["kernel"])[0] > 0).all()
+    assert np.abs(np.asarray(after["kernel"])).max() < 4e-5
+    assert (np.asarray(after["kernel"])[1] == 0).all()
+
+
+def test_forgotten_moments_are_zero():
+    params = nnx.State({"kernel": nnx.Param(jnp.ones((2, 128), jnp.bfloat16))})
+    cfg = run_config("bfloat16", moments="int8")
+    gradient = jax.tree.map(jnp.ones_like, params)
+    state = init_state(cfg, params)
+    _, opt_state = trained(cfg, state.params, [gradient], state=state.opt_state)
+    moments = adam_of(opt_state)
+    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(moments))
+    forgotten = reset_moments(dataclasses.replace(state, opt_state=opt_state)).opt_state
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(adam_of(forgotten)))
+
+
+def test_gradients_of_micro_batches_are_summed_in_fp32():
+    cfg, model = run_config("bfloat16"), config(param_dtype="bfloat16")
+    params, buffers = nnx.split_state(build(model)[1], nnx.Param, ...)
+    batch, context = make_batch(np.zeros((4, 8), int)), make_context(cfg, 1, 15)
+
+    def dtypes(micro_batches):
+        def gradients(params, buffers):
+            return accumulated("ar", model, params, buffers, batch, context, micro_batches)[0]
+
+        return {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(gradients, params, buffers))}
+
+    assert dtypes(1) == {jnp.dtype("bfloat16")} and dtypes(4) == {jnp.dtype("float32")}
+
+
+def test_rounding_belongs_to_bf16_parameters():
+    with pytest.raises(ConfigError, match=r"optimizer.rounding='nearest' is not read"):
+        run_config("float32", rounding="nearest")
