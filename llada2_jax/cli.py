@@ -14,6 +14,7 @@ from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
 COMMANDS = {
     "quickstart": ("llada2_jax.quickstart", "the whole conversion on this machine, with a report"),
     "train": ("llada2_jax.train", "train from a config: AR, block diffusion, WSD conversion"),
+    "plan": ("llada2_jax.plan", "memory, mesh and speed of a run on a TPU slice, without one"),
     "data": ("llada2_jax.data_cli", "prepare sources for training, inspect rows, measure loading"),
     "generate": ("llada2_jax.generate", "complete prompts with the threshold sampler"),
     "score": ("llada2_jax.score", "bits per byte of texts, with its standard error"),

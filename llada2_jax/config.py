@@ -22,6 +22,7 @@ from typing import Any
 import ml_collections
 
 from llada2_jax import mask_embedding, remat
+from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.errors import UserError
 from llada2_jax.types import LoRAConfig, ModelConfig
 from pallas_kernels import block_attention, grouped_matmul
@@ -35,9 +36,12 @@ class ConfigError(UserError, ValueError):
 class InitConfig:
     """checkpoint: a model checkpoint or Hugging Face folder to start from; empty: from scratch.
     mask_embedding: "keep" the row that becomes the mask token's, set it to the "mean" of all rows,
-    or draw it at "random" (§7.1 compares noise with re-initialising)."""
+    or draw it at "random" (§7.1 compares noise with re-initialising).
+    architecture: what the checkpoint must be, one of llada2_jax.architectures; `llada2 plan` then
+    needs no checkpoint. Empty: anything."""
 
     checkpoint: str = ""
+    architecture: str = ""
     mask_embedding: str = "keep"
     mask_id: int = -1
 
@@ -494,6 +498,7 @@ CHOICES = {
     "data.block_anchor": ("document", "row"),
     "data.packing": ("concat", "best_fit"),
     "data.long_documents": ("error", "skip", "split"),
+    "init.architecture": ("", *ARCHITECTURES),
     "init.mask_embedding": mask_embedding.CHOICES,
     "optimizer.moments": ("float32", "bfloat16", "int8"),
     "optimizer.rounding": ("stochastic", "nearest"),
@@ -720,7 +725,7 @@ def _check_init(cfg: TrainConfig) -> None:
         f"config.data.tokenizer={cfg.data.tokenizer!r} is not read where config.init.checkpoint "
         "is set: the checkpoint has its own",
     )
-    for name in ("mask_embedding", "mask_id"):
+    for name in ("architecture", "mask_embedding", "mask_id"):
         value = getattr(cfg.init, name)
         _require(
             not cfg.model or value == getattr(InitConfig, name),

@@ -147,7 +147,7 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The same tree with a NamedSharding for each array or shape. An nnx.Variable goes by its
     logical axes, also inside an optimizer's state; everything else is on every device."""
     sizes = dict(mesh.shape)
@@ -183,7 +183,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """How many devices, or groups of them, have different rows."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
@@ -225,7 +225,7 @@ class Placement:
         return [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in self.spec]
 
 
-def placements(tree: Any, mesh: Mesh) -> list[Placement]:
+def placements(tree: Any, mesh: Mesh | AbstractMesh) -> list[Placement]:
     """Every array (or shape) of a tree, as `shardings` puts it, by path."""
     arrays = jax.tree_util.tree_leaves_with_path(tree)
     found = []
@@ -236,7 +236,7 @@ def placements(tree: Any, mesh: Mesh) -> list[Placement]:
     return found
 
 
-def check_cut(found: Sequence[Placement], mesh: Mesh) -> None:
+def check_cut(found: Sequence[Placement], mesh: Mesh | AbstractMesh) -> None:
     """Raises: ConfigError that names an array of more than LARGE_BYTES that no axis cuts, though
     the mesh has axes that cut parameters."""
     if all(mesh.shape[axis] == 1 for axis in STORAGE_AXES):
@@ -267,7 +267,7 @@ def format_placements(found: Sequence[Placement]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def check_mesh(cfg: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
+def check_mesh(cfg: TrainConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises: ConfigError for a mesh that does not divide the model's axes or the step's rows."""
     rows = cfg.data.rows_per_step // cfg.optimizer.accumulate
     divided = [

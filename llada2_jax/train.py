@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,8 +24,9 @@ from ml_collections import config_flags
 from tokenizers import Tokenizer
 
 from llada2_jax.adapters import add_adapters, split_trained, without_adapters
+from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import ConfigError, Phase, TrainConfig, validate
+from llada2_jax.config import ConfigError, Phase, TrainConfig, model_dict, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
 from llada2_jax.distributed import joined
@@ -91,6 +92,7 @@ def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
     if cfg.init.checkpoint:
         mask_id = _given(cfg.init.mask_id)
         found = load_bundle(cfg.init.checkpoint, mask_id=mask_id).config
+        _check_architecture(cfg, found)
         _check_model(cfg, dataclasses.replace(found, **runtime), mesh)
         bundle = load_model(cfg.init.checkpoint, mask_id=mask_id, mesh=mesh, **runtime)
         provenance = bundle.provenance | {"checksums": bundle.checksums()}
@@ -112,6 +114,26 @@ def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
 
 def _given(mask_id: int) -> int | None:
     return mask_id if mask_id >= 0 else None
+
+
+def _check_architecture(cfg: TrainConfig, found: ModelConfig) -> None:
+    """Raises: ConfigError where the checkpoint is not of config.init.architecture."""
+    if not cfg.init.architecture:
+        return
+    wanted = dataclasses.replace(
+        ARCHITECTURES[cfg.init.architecture],
+        max_position_embeddings=found.max_position_embeddings,
+        rope_scaling=found.rope_scaling,
+        initializer_range=found.initializer_range,
+        **dataclasses.asdict(cfg.runtime),
+    )
+    for name, value in model_dict(wanted).items():
+        if model_dict(found)[name] != value:
+            raise ConfigError(
+                f"config.init.checkpoint={cfg.init.checkpoint!r} has {name}="
+                f"{model_dict(found)[name]!r}; config.init.architecture="
+                f"{cfg.init.architecture!r} has {value!r}: the checkpoint or the name is wrong"
+            )
 
 
 def _check_model(cfg: TrainConfig, model: ModelConfig, mesh: Mesh | None) -> None:
@@ -692,16 +714,24 @@ class _Trace:
 
 
 def parse_flags(
-    command: str, argv: list[str], *, config: str | None = None, **texts: str
+    command: str,
+    argv: list[str],
+    *,
+    config: str | None = None,
+    switches: Mapping[str, tuple[bool, str]] | None = None,
+    **texts: str,
 ) -> flags.FlagValues:
     """The flags of a command that runs a config: --config (by default the file `config`) with its
-    overrides, --workdir, which goes into the config, --print_config, and `texts`: {name: help}.
+    overrides, --workdir, which goes into the config, --print_config, `texts`: {name: help}, and
+    `switches`, which take no value: {name: (default, help)}.
 
     Raises: UsageError; ConfigError for a config file that is not there.
     """
     values = flags.FlagValues()
     arguments = [command, *argv]  # not sys.argv, which is another caller's
     flags.DEFINE_boolean("print_config", False, "print the config and stop", flag_values=values)
+    for name, (default, about) in (switches or {}).items():
+        flags.DEFINE_boolean(name, default, about, flag_values=values)
     for name, about in {"workdir": "overrides config.workdir", **texts}.items():
         flags.DEFINE_string(name, "", about, flag_values=values)
     try:

@@ -60,12 +60,23 @@ def tpu_device(chip: str):
     """
     if chip not in TOPOLOGIES:
         raise ValueError(f"chip {chip!r}: choose one of {tuple(TOPOLOGIES)}")
+    return topology_devices(TOPOLOGIES[chip])[0]
+
+
+def topology_devices(topology: str) -> list:
+    """The described devices of a TPU topology, e.g. "v5p:2x2x4".
+
+    Raises: FileNotFoundError where libtpu is not.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     path = Path(os.environ["TPU_LIBRARY_PATH"])
     if not path.is_file():
-        raise FileNotFoundError(f"no TPU compiler at {path}: run `make {LIBTPU}`")
-    return topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices[0]
+        raise FileNotFoundError(
+            f"no TPU compiler at {path}: run `make {LIBTPU}`, or set TPU_LIBRARY_PATH to the "
+            "libtpu.so of `pip install libtpu`"
+        )
+    return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
 def describing(device):

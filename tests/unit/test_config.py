@@ -23,6 +23,7 @@ from llada2_jax.config import (
 )
 from llada2_jax.hub import load_bundle, param_shapes
 from llada2_jax.model import build
+from llada2_jax.plan import planned_model
 from llada2_jax.quickstart import ReportConfig
 from llada2_jax.schedules import embedding_noise_sigma
 from llada2_jax.train import starting_bundle
@@ -437,6 +438,8 @@ def shipped_model(config) -> tuple[TrainConfig, ModelConfig]:
     if not config.init.checkpoint:
         config.data.tokenizer = "a folder"
     cfg = validate(config)
+    if cfg.init.architecture:
+        return cfg, planned_model(cfg)
     start = TINY_AR if cfg.init.checkpoint.startswith("runs/") else cfg.init.checkpoint
     model = load_bundle(start).config if start else ModelConfig(**cfg.model)
     return cfg, dataclasses.replace(model, **dataclasses.asdict(cfg.runtime))

@@ -1,0 +1,236 @@
+"""What a training step costs, computed and not measured: FLOPs, bytes on links, a roofline.
+
+A model FLOP is one that the mathematics asks for: matmuls of the chosen experts, allowed pairs of
+attention, both halves, the head; no recomputation, no padding, no masked pairs. MFU is model FLOPs
+over what the chips could do at their peak in the same time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from llada2_jax.config import TrainConfig
+from llada2_jax.hardware import Slice
+from llada2_jax.sharding import RULES, Placement
+from llada2_jax.types import ModelConfig
+
+TRAINING = 3  # a backward pass is two forward passes of matmuls
+
+
+def allowed_pairs(length: int, block_size: int, objective: str) -> int:
+    """Query-key pairs that the attention rule allows in one document of `length` tokens."""
+    starts = np.arange(length, dtype=np.int64) // block_size * block_size
+    ends = np.minimum(starts + block_size, length)
+    if objective == "bdlm":
+        return 2 * int(ends.sum())  # each half: earlier clean blocks and the own block
+    if objective == "mdlm":
+        return length * length  # one noisy block
+    return int((np.arange(length, dtype=np.int64) + 1).sum())  # "ar"
+
+
+def halves(objective: str) -> int:
+    """Positions of a forward for each clean token."""
+    return 2 if objective == "bdlm" else 1
+
+
+def model_flops(
+    cfg: ModelConfig, objective: str, row_length: int, block_size: int
+) -> dict[str, float]:
+    """Model FLOPs of one clean token in training, forward and backward, by part.
+
+    objective: "ar", "mdlm" or "bdlm". Rows are one document each; documents make attention cheaper.
+    """
+    d, h = cfg.hidden_size, cfg.head_dim
+    pairs = allowed_pairs(row_length, block_size, objective) / row_length
+    expert = 3 * d * cfg.moe_intermediate_size
+    projections = d * h * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
+    # Multiply-adds of one position.
+    position = {
+        "attention projections": cfg.num_layers * projections,
+        "dense feed-forward": cfg.num_dense_layers * 3 * d * cfg.intermediate_size,
+        "routed experts": cfg.num_moe_layers * cfg.experts_per_token * expert,
+        "shared experts": cfg.num_moe_layers * cfg.num_shared_experts * expert,
+        "router": cfg.num_moe_layers * d * cfg.num_experts,
+    }
+    parts: dict[str, float] = {n: halves(objective) * count for n, count in position.items()}
+    parts["attention pairs"] = cfg.num_layers * 2 * cfg.num_heads * h * pairs
+    parts["head"] = d * cfg.vocab_size  # the clean half does not meet it
+    return {name: 2.0 * TRAINING * count for name, count in parts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One step of a run on a mesh. objective, block_size: of the phase that is looked at."""
+
+    cfg: TrainConfig
+    model: ModelConfig
+    sizes: Mapping[str, int]
+    objective: str
+    block_size: int
+
+    @property
+    def micro_batches(self) -> int:
+        return self.cfg.optimizer.accumulate
+
+    @property
+    def positions(self) -> float:
+        """Of one device and micro-batch."""
+        ways = math.prod(self.sizes[axis] for axis in (*RULES["batch"], *RULES["length"]))
+        tokens = self.cfg.tokens_per_step / self.micro_batches
+        return tokens * halves(self.objective) / ways
+
+    @property
+    def expert_rows(self) -> float:
+        """(token, expert) pairs that a device has room for in a micro-batch."""
+        model, devices = self.model, self.sizes["expert"]
+        pairs = self.positions * model.experts_per_token
+        if devices == 1:
+            return pairs
+        worst = (
+            self.positions * devices * min(model.experts_per_token, model.num_experts // devices)
+        )
+        return min(worst, model.expert_buffer * pairs) if model.expert_buffer else worst
+
+    @property
+    def recomputes(self) -> int:
+        """1 where a layer's forward runs again in the backward pass."""
+        return int(self.cfg.runtime.remat != "none")
+
+    @property
+    def flops_per_token(self) -> float:
+        return sum(
+            model_flops(
+                self.model, self.objective, self.cfg.data.row_length, self.block_size
+            ).values()
+        )
+
+    @property
+    def executed_flops_per_token(self) -> float:
+        """With the layers' recomputation; the head's gradient is made in its forward pass."""
+        parts = model_flops(self.model, self.objective, self.cfg.data.row_length, self.block_size)
+        layers = sum(parts.values()) - parts["head"]
+        return layers * (TRAINING + self.recomputes) / TRAINING + parts["head"]
+
+
+def link_bytes(work: Workload, params: Sequence[Placement]) -> dict[str, float]:
+    """Bytes that a device receives in one step, by mesh axis.
+
+    Parameters are gathered for a layer's forward pass, and again for its backward pass where it is
+    recomputed; gradients are summed to where they are stored. All in the dtype of activations.
+    """
+    model, sizes = work.model, work.sizes
+    width = 2 if model.dtype == "bfloat16" else 4
+    received = dict.fromkeys(sizes, 0.0)
+    passes = 2 + work.recomputes  # gather, gather again, scatter of the gradient
+    for place in params:
+        part = math.prod(place.shape) * width
+        part /= math.prod(sizes[name] for name in _cuts(place))
+        for name in _gathered_axes(place):
+            received[name] += passes * part * (sizes[name] - 1)
+            part *= sizes[name]
+        received["data"] += 2 * part * (1 - 1 / sizes["data"])  # of the gradient, all-reduced
+    rows = work.positions * model.hidden_size * width  # one activation
+    both_ways = 4 + work.recomputes  # gather and scatter, forward and backward, gather again
+    received["expert"] += model.num_moe_layers * both_ways * rows * (sizes["expert"] - 1)
+    reduced = 2 * rows * (1 - 1 / sizes["model"])
+    received["model"] += model.num_layers * 2 * (2 + work.recomputes) * reduced
+    keys = 2 * work.positions * model.num_kv_heads * model.head_dim * width / sizes["model"]
+    received["context"] += model.num_layers * (2 + work.recomputes) * keys * (sizes["context"] - 1)
+    return {axis: work.micro_batches * value for axis, value in received.items()}
+
+
+def _cuts(place: Placement) -> list[str]:
+    """Mesh axes that cut a parameter."""
+    return [name for entry in place.cuts for name in entry]
+
+
+def _gathered_axes(place: Placement) -> list[str]:
+    """Of these, those that it is gathered along where it is used (sharding.gathered)."""
+    own = {"expert"} if "/experts/" in place.name else set()
+    return [name for name in RULES["embed"] if name in _cuts(place) and name not in own]
+
+
+def working_bytes(work: Workload, params: Sequence[Placement]) -> dict[str, float]:
+    """Bytes of a device during a step, besides the state: gradients; the inputs of layers, which
+    the backward pass starts from under full recomputation; and the largest layer at work: its
+    gathered weights with their gradients, and the experts' rows."""
+    model, sizes = work.model, work.sizes
+    width = 2 if model.dtype == "bfloat16" else 4
+    several = work.micro_batches > 1  # summed in fp32, beside those of the micro-batch at hand
+    stored = sum(place.bytes_per_device for place in params)
+    numbers = stored / (2 if model.param_dtype == "bfloat16" else 4)
+    layers = [place for place in params if "_layers/" in place.name]
+    at_work = sum(_whole_bytes(p, sizes, width) / p.shape[0] for p in layers if "moe_" in p.name)
+    rows = work.expert_rows
+    expert_width = model.moe_intermediate_size / sizes["model"]
+    return {
+        "gradients": stored + (4 * numbers if several else 0),
+        "layer inputs": model.num_layers * work.positions * model.hidden_size * width,
+        "a layer at work": 2 * at_work
+        + 2 * rows * (2 * model.hidden_size + 3 * expert_width) * width,
+        "head": 4.0 * model.hidden_size * model.vocab_size / sizes["model"],  # fp32 gradient
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of one step under one limit each. tokens: clean tokens a step."""
+
+    compute: float
+    memory: float
+    links: dict[str, float]
+    tokens: int
+    model_seconds: float
+
+    @property
+    def best(self) -> float:
+        """Everything overlaps: the slowest of compute, memory and links."""
+        return max(self.compute, self.memory, sum(self.links.values()))
+
+    @property
+    def in_turn(self) -> float:
+        """Nothing overlaps."""
+        return max(self.compute, self.memory) + sum(self.links.values())
+
+    def mfu(self, seconds: float) -> float:
+        return self.model_seconds / seconds
+
+
+ASSUMPTIONS = (
+    "matmuls and attention at the chip's peak, recomputed layers included; experts balanced",
+    "memory: gathered weights read in each pass, state read and written once; activations not",
+    "links: every byte that a device receives at the chip's full rate, one axis after the other",
+    "rows are one document each",
+)
+
+
+def roofline(
+    work: Workload, params: Sequence[Placement], state_bytes: float, slice_: Slice
+) -> Roofline:
+    """state_bytes: of parameters and optimizer state on a device."""
+    chip, tokens = slice_.chip, work.cfg.tokens_per_step
+    peak = slice_.chips * chip.flops
+    width = 2 if work.model.dtype == "bfloat16" else 4
+    passes = (2 + work.recomputes) * work.micro_batches
+    weights = sum(_whole_bytes(place, work.sizes, width) for place in params)
+    traffic = passes * weights + 2 * state_bytes
+    rate = chip.link_bandwidth / chip.devices
+    if chip.kind == "gpu" and slice_.chips > chip.chips_per_host:
+        rate = chip.network_bandwidth
+    return Roofline(
+        compute=tokens * work.executed_flops_per_token / peak,
+        memory=traffic / (chip.hbm_bandwidth / chip.devices),
+        links={axis: b / rate for axis, b in link_bytes(work, params).items() if b},
+        tokens=tokens,
+        model_seconds=tokens * work.flops_per_token / peak,
+    )
+
+
+def _whole_bytes(place: Placement, sizes: Mapping[str, int], width: int) -> float:
+    """Of a parameter on a device, once it is gathered."""
+    kept = set(_cuts(place)) - set(_gathered_axes(place))
+    return math.prod(place.shape) * width / math.prod(sizes[name] for name in kept)

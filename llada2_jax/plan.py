@@ -1,0 +1,542 @@
+"""`llada2 plan`: does a run fit a slice, on what mesh, how fast at best; before money is spent.
+
+The true training step is compiled by libtpu for the slice, which needs no TPU: bytes are the
+compiler's. FLOPs, traffic and time are computed (costs.py). GPUs cannot be compiled for here: their
+memory is computed too, and the table says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh
+from rich.console import Console
+from rich.table import Table
+
+from llada2_jax.architectures import ARCHITECTURES
+from llada2_jax.config import ConfigError, MeshConfig, Phase, TrainConfig, validate
+from llada2_jax.costs import (
+    ASSUMPTIONS,
+    Roofline,
+    Workload,
+    link_bytes,
+    model_flops,
+    roofline,
+    working_bytes,
+)
+from llada2_jax.errors import EXIT_STATUS, UsageError
+from llada2_jax.hardware import CHIPS, GIB, Slice, slice_named, slices_of
+from llada2_jax.hub import load_bundle
+from llada2_jax.model import build
+from llada2_jax.optimizer import make_optimizer
+from llada2_jax.progress import bar
+from llada2_jax.sharding import (
+    AXES,
+    RULES,
+    Placement,
+    batch_sharding,
+    check_cut,
+    check_mesh,
+    make_mesh,
+    mesh_sizes,
+    placements,
+)
+from llada2_jax.train import parse_flags
+from llada2_jax.train_step import abstract_state, make_context, make_train_step
+from llada2_jax.types import Batch, ModelConfig
+from pallas_kernels.aot import topology_devices
+
+Sizes = dict[str, int]
+
+MESHES: dict[tuple[str, str], Sizes] = {
+    ("mini", "v5litepod-16"): {"fsdp": 4, "expert": 4},
+    ("mini", "v6e-8"): {"fsdp": 2, "expert": 4},
+    ("mini", "v5p-8"): {"fsdp": 1, "expert": 4},
+    ("flash", "v5p-32"): {"fsdp": 2, "expert": 8},
+    ("flash", "v6e-64"): {"fsdp": 8, "expert": 8},
+    ("flash", "v5litepod-256"): {"fsdp": 32, "expert": 8},
+    ("flash", "v5p-128"): {"fsdp": 2, "expert": 8, "context": 4},
+}
+"""Meshes that were compiled (docs/plan.md); for others the roofline chooses."""
+
+COMPILED_CANDIDATES = 3
+"""Meshes of a slice that --search compiles, the fastest ones first, before it takes a larger
+slice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Abstract parameters and moments of a run; what a mesh makes of them is cheap to ask."""
+
+    params: Any
+    moments: Any
+
+    def on(self, sizes: Mapping[str, int]) -> tuple[list[Placement], list[Placement]]:
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        return placements(self.params, mesh), placements(self.moments, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device. state: what stays from step to step, by kind. temporaries: of a step.
+    parts: what these are for, computed. compiled: whether temporaries are libtpu's; else they are
+    the sum of parts. seconds: to lower and compile."""
+
+    state: dict[str, float]
+    temporaries: float
+    parts: dict[str, float]
+    limit: float
+    compiled: bool = False
+    seconds: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return sum(self.state.values()) + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on a slice. work: the phase that was looked at, on the mesh."""
+
+    slice: Slice
+    work: Workload
+    memory: Memory
+    roofline: Roofline
+    links: dict[str, float]
+
+    @property
+    def overrides(self) -> list[str]:
+        """The flags that make `llada2 train` run this."""
+        default = dataclasses.asdict(MeshConfig())
+        flags = [
+            f"--config.mesh.{axis}={size}"
+            for axis, size in self.work.sizes.items()
+            if default[axis] not in (size, -1)
+        ]
+        if self.work.micro_batches > 1:
+            flags.append(f"--config.optimizer.accumulate={self.work.micro_batches}")
+        return flags
+
+    def record(self) -> dict[str, Any]:
+        """What --json prints; bytes are a device's, seconds a step's."""
+        work, roof, memory = self.work, self.roofline, self.memory
+        flops = _flops(work)
+        return {
+            "slice": self.slice.name,
+            "chips": self.slice.chips,
+            "mesh": {axis: size for axis, size in work.sizes.items() if size > 1},
+            "accumulate": work.micro_batches,
+            "rows_per_step": work.cfg.data.rows_per_step,
+            "row_length": work.cfg.data.row_length,
+            "objective": work.objective,
+            "block_size": work.block_size,
+            "expert_buffer": _expert_buffer(work),
+            "fits": memory.fits,
+            "memory_from": "libtpu" if memory.compiled else "computed",
+            "compile_seconds": round(memory.seconds, 1),
+            "bytes": {**memory.state, "temporaries": memory.temporaries, "peak": memory.peak},
+            "bytes_limit": memory.limit,
+            "computed_temporaries": memory.parts,
+            "model_flops_per_token": {**flops, "all": sum(flops.values())},
+            "link_bytes": {axis: size for axis, size in self.links.items() if size},
+            "seconds": {
+                "compute": roof.compute,
+                "memory": roof.memory,
+                "links": roof.links,
+                "best": roof.best,
+                "in_turn": roof.in_turn,
+            },
+            "tokens_per_second": {
+                "best": roof.tokens / roof.best,
+                "in_turn": roof.tokens / roof.in_turn,
+            },
+            "mfu": {"best": roof.mfu(roof.best), "in_turn": roof.mfu(roof.in_turn)},
+            "assumptions": list(ASSUMPTIONS),
+            "train_flags": self.overrides,
+        }
+
+
+def _expert_buffer(work: Workload) -> float:
+    """Room for pairs of tokens and experts, in units of a balanced load."""
+    return work.expert_rows / (work.positions * work.model.experts_per_token)
+
+
+def _flops(work: Workload) -> dict[str, float]:
+    return model_flops(work.model, work.objective, work.cfg.data.row_length, work.block_size)
+
+
+# ---- what is planned -----------------------------------------------------------------------------
+
+
+def planned_model(cfg: TrainConfig) -> ModelConfig:
+    """The model that the run trains, with kernels and dtypes as it runs on an accelerator.
+
+    Raises: ConfigError if neither the checkpoint nor config.init.architecture tells its shapes.
+    """
+    runtime = dataclasses.asdict(cfg.runtime)
+    if cfg.model:
+        return ModelConfig(**cfg.model, **runtime)
+    if Path(cfg.init.checkpoint).is_dir():
+        return dataclasses.replace(load_bundle(cfg.init.checkpoint).config, **runtime)
+    if cfg.init.architecture:
+        return dataclasses.replace(ARCHITECTURES[cfg.init.architecture], **runtime)
+    raise ConfigError(
+        f"config.init.checkpoint={cfg.init.checkpoint!r} is not there to tell the model's shapes: "
+        f"set config.init.architecture to one of {', '.join(ARCHITECTURES)}"
+    )
+
+
+def planned_phase(cfg: TrainConfig, name: str = "") -> Phase:
+    """The phase called `name`, or the one that takes most: both halves before one, and of those the
+    longest. Raises: ConfigError for a name that no phase has."""
+    if name:
+        found = [phase for phase in cfg.phases if phase.name == name]
+        if not found:
+            names = ", ".join(phase.name for phase in cfg.phases)
+            raise ConfigError(f"--phase={name}: the config's phases are {names}")
+        return found[0]
+    return max(cfg.phases, key=lambda phase: (phase.objective == "bdlm", phase.tokens))
+
+
+def abstract_run(cfg: TrainConfig, model: ModelConfig) -> State:
+    """Shapes of what the run holds; nothing is allocated."""
+    params = build(model)[1]
+    trained, _ = nnx.split_state(params, nnx.Param, ...)
+    return State(params, jax.eval_shape(make_optimizer(cfg).init, trained))
+
+
+def on_mesh(cfg: TrainConfig, model: ModelConfig, sizes: Mapping[str, int]) -> TrainConfig:
+    """The run on a mesh. One row a micro-batch for each group of devices that shares rows, unless
+    config.optimizer.accumulate says otherwise.
+
+    Raises: ConfigError for a mesh that the model or the rows do not divide among.
+    """
+    ways = math.prod(sizes[axis] for axis in RULES["batch"])
+    accumulate = cfg.optimizer.accumulate
+    if accumulate == 1:
+        accumulate = max(1, cfg.data.rows_per_step // ways)
+    cfg = dataclasses.replace(
+        cfg,
+        mesh=MeshConfig(**sizes),
+        optimizer=dataclasses.replace(cfg.optimizer, accumulate=accumulate),
+    )
+    check_mesh(cfg, model, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+    return cfg
+
+
+def meshes(cfg: TrainConfig, model: ModelConfig, devices: int) -> Iterator[Sizes]:
+    """Meshes that could be: experts over up to 16 devices, rows of 16k tokens or more over up to 8,
+    heads over up to 4, the rest fsdp."""
+    for expert in (1, 2, 4, 8, 16):
+        for context in (1, 2, 4, 8) if cfg.data.row_length >= 16384 else (1,):
+            for tensor in (1, 2, 4):
+                fsdp, rest = divmod(devices, expert * context * tensor)
+                if rest or not fsdp:
+                    continue
+                chosen = {"fsdp": fsdp, "expert": expert, "context": context, "model": tensor}
+                sizes = dict.fromkeys(AXES, 1) | chosen
+                try:
+                    on_mesh(cfg, model, sizes)
+                except ConfigError:
+                    continue
+                yield sizes
+
+
+# ---- one plan ------------------------------------------------------------------------------------
+
+
+def computed_plan(
+    cfg: TrainConfig, model: ModelConfig, state: State, phase: Phase, slice_: Slice, sizes: Sizes
+) -> Plan:
+    """A plan without a compiler: memory is a sum of what must be there."""
+    cfg = on_mesh(cfg, model, sizes)
+    work = Workload(cfg, model, sizes, phase.objective, phase.block_size)
+    params, moments = state.on(sizes)
+    held = {
+        "parameters": float(sum(place.bytes_per_device for place in params)),
+        "moments": float(sum(place.bytes_per_device for place in moments)),
+    }
+    if cfg.optimizer.offload:
+        held["moments"] = 0.0  # they rest in the host's memory
+    parts = working_bytes(work, params)
+    memory = Memory(held, sum(parts.values()), parts, slice_.chip.usable_bytes)
+    roof = roofline(work, params, sum(held.values()), slice_)
+    return Plan(slice_, work, memory, roof, link_bytes(work, params))
+
+
+def compiled_plan(plan: Plan) -> Plan:
+    """The plan with temporaries from the TPU's compiler.
+
+    Raises: FileNotFoundError where libtpu is not; what the compiler raises, but for too little
+      memory, which the plan then says.
+    """
+    work, cfg = plan.work, plan.work.cfg
+    mesh = make_mesh(cfg.mesh, topology_devices(plan.slice.libtpu_name))
+    attention = {"auto": "tpu"}.get(work.model.attention_backend, work.model.attention_backend)
+    model = dataclasses.replace(work.model, attention_backend=attention)
+    start = time.perf_counter()
+    state = abstract_state(cfg, model, mesh)
+    check_cut(placements((state.params, state.opt_state), mesh), mesh)
+    context = make_context(cfg, work.block_size, mask_id=0)
+    step = make_train_step(cfg, model, work.objective, mesh)
+    lowered = step.lower(state, _abstract_batch(cfg, mesh), context)
+    held = sum(plan.memory.state.values())
+    try:
+        analysis = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        peak = _needed(str(error))
+        if peak is None:
+            raise
+    else:
+        if analysis is None:
+            raise RuntimeError(f"{plan.slice.name}: the compiler says nothing about memory")
+        kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        peak = analysis.argument_size_in_bytes + kept + analysis.temp_size_in_bytes
+        peak += analysis.generated_code_size_in_bytes
+    seconds = time.perf_counter() - start
+    memory = dataclasses.replace(
+        plan.memory, temporaries=peak - held, compiled=True, seconds=seconds
+    )
+    return dataclasses.replace(plan, memory=memory)
+
+
+def _needed(message: str) -> float | None:
+    """Bytes that a program needs, of the compiler's complaint that there are fewer."""
+    found = re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    if found is None:
+        return None
+    return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
+
+
+def _abstract_batch(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> Batch:
+    shape, sharding = (cfg.data.rows_per_step, cfg.data.row_length), batch_sharding(mesh)
+
+    def rows(dtype: Any = np.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    names = ("tokens", "segment_ids", "positions", "document_ids", "document_positions", "visits")
+    return Batch(**{name: rows() for name in names}, loss_mask=rows(np.bool_))
+
+
+def plan_run(cfg: TrainConfig, slice_: Slice, *, phase: str = "", compiled: bool = True) -> Plan:
+    """The plan of a run on a slice: on config.mesh if that says anything, else on the table's mesh,
+    else on the fastest one that should fit."""
+    model, chosen = planned_model(cfg), planned_phase(cfg, phase)
+    state = abstract_run(cfg, model)
+    plan = next(iter(_ranked(cfg, model, state, chosen, slice_)))
+    return compiled_plan(plan) if compiled and slice_.chip.kind == "tpu" else plan
+
+
+def _ranked(
+    cfg: TrainConfig, model: ModelConfig, state: State, phase: Phase, slice_: Slice
+) -> list[Plan]:
+    """Plans of a slice, computed: those that should fit first, then by time."""
+    if cfg.mesh != MeshConfig():
+        found = [mesh_sizes(cfg.mesh, slice_.devices)]
+    elif (cfg.init.architecture, slice_.name) in MESHES:
+        found = [dict.fromkeys(AXES, 1) | MESHES[cfg.init.architecture, slice_.name]]
+    else:
+        found = list(meshes(cfg, model, slice_.devices))
+    if not found:
+        raise ConfigError(
+            f"no mesh of {slice_.devices} devices divides config.data.rows_per_step="
+            f"{cfg.data.rows_per_step} and the model: change the rows, or set config.mesh"
+        )
+    plans = [computed_plan(cfg, model, state, phase, slice_, sizes) for sizes in found]
+    return sorted(plans, key=lambda plan: (not plan.memory.fits, plan.roofline.in_turn))
+
+
+# ---- search --------------------------------------------------------------------------------------
+
+
+def search(
+    cfg: TrainConfig, slices: Sequence[Slice], *, phase: str = "", compiled: bool = True
+) -> Iterator[Plan]:
+    """Plans from the smallest slice up, until one fits, which is the last.
+
+    A slice is passed over without compiling where state and gradients alone are too much.
+    """
+    model, chosen = planned_model(cfg), planned_phase(cfg, phase)
+    state = abstract_run(cfg, model)
+    for slice_ in sorted(slices, key=lambda s: s.chips * s.chip.flops):
+        try:
+            plans = _ranked(cfg, model, state, chosen, slice_)
+        except ConfigError:
+            continue  # rows do not divide among so many devices
+        possible = [plan for plan in plans if _least(plan) <= plan.memory.limit]
+        for plan in possible[:COMPILED_CANDIDATES]:
+            found = compiled_plan(plan) if compiled and slice_.chip.kind == "tpu" else plan
+            yield found
+            if found.memory.fits:
+                return
+
+
+def _least(plan: Plan) -> float:
+    return sum(plan.memory.state.values()) + plan.memory.parts["gradients"]
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 device"
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The plan as tables for people."""
+    work, memory = plan.work, plan.memory
+    console.print(
+        f"{plan.slice.name}: {plan.slice.chips} chips, mesh {_shown(work.sizes)}; "
+        f"{work.objective}, blocks of {work.block_size}, rows of {work.cfg.data.row_length}, "
+        f"{work.cfg.data.rows_per_step} a step in {work.micro_batches} micro-batches; room for "
+        f"{_expert_buffer(work):g} x a balanced load of experts"
+    )
+    source = "libtpu" if memory.compiled else "computed, not compiled"
+    table = Table(title=f"Memory of a device ({source})", title_justify="left")
+    table.add_column("kind")
+    table.add_column("GiB", justify="right")
+    for kind, size in memory.state.items():
+        table.add_row(kind, _gib(size))
+    table.add_row("temporaries", _gib(memory.temporaries))
+    for kind, size in memory.parts.items():
+        table.add_row(f"  {kind} (computed)", _gib(size), style="dim")
+    verdict = "fits" if memory.fits else "DOES NOT FIT"
+    table.add_row(f"peak, of {_gib(memory.limit)}: {verdict}", _gib(memory.peak), style="bold")
+    console.print(table)
+    if memory.compiled:
+        console.print(f"compiled in {memory.seconds:.0f} s")
+    _print_time(plan, console)
+    if plan.overrides:
+        console.print(f"llada2 train ... {' '.join(plan.overrides)}")
+
+
+def _print_time(plan: Plan, console: Console) -> None:
+    work, roof = plan.work, plan.roofline
+    flops = _flops(work)
+    table = Table(title="Model FLOPs of a clean token, forward and backward", title_justify="left")
+    table.add_column("part")
+    table.add_column("GFLOP", justify="right")
+    for part, count in {**flops, "all": sum(flops.values())}.items():
+        table.add_row(part, f"{count / 1e9:.2f}")
+    console.print(table)
+    table = Table(title="Roofline of a step", title_justify="left")
+    for column in ("limit", "received by a device", "seconds"):
+        table.add_column(column, justify="left" if column == "limit" else "right")
+    table.add_row("compute", "", f"{roof.compute:.3f}")
+    table.add_row("memory", "", f"{roof.memory:.3f}")
+    for axis, seconds in roof.links.items():
+        table.add_row(f"links, {axis}", f"{_gib(plan.links[axis])} GiB", f"{seconds:.3f}")
+    for name, seconds in (("all overlap", roof.best), ("links in turn", roof.in_turn)):
+        rate = f"{roof.tokens / seconds:,.0f} tokens/s, MFU {roof.mfu(seconds):.1%}"
+        table.add_row(name, rate, f"{seconds:.3f}", style="bold")
+    console.print(table)
+    console.print("Bounds, not measurements. Assumed: " + "; ".join(ASSUMPTIONS) + ".", style="dim")
+
+
+def print_search(plans: Sequence[Plan], console: Console) -> None:
+    """What the search tried, in its order; the last line is the answer if it fits."""
+    table = Table(title="Smallest slice first", title_justify="left")
+    for column in ("slice", "mesh", "peak GiB", "of", "fits", "tokens/s", "MFU", "compiled in"):
+        table.add_column(column, justify="left" if column in ("slice", "mesh") else "right")
+    for plan in plans:
+        roof, memory = plan.roofline, plan.memory
+        table.add_row(
+            plan.slice.name,
+            _shown(plan.work.sizes),
+            _gib(memory.peak),
+            _gib(memory.limit),
+            "yes" if memory.fits else "no",
+            f"{roof.tokens / roof.in_turn:,.0f} - {roof.tokens / roof.best:,.0f}",
+            f"{roof.mfu(roof.in_turn):.0%} - {roof.mfu(roof.best):.0%}",
+            f"{memory.seconds:.0f} s" if memory.compiled else "not",
+        )
+    console.print(table)
+
+
+def main(argv: list[str]) -> int:
+    """`llada2 plan`."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(_HELP)
+        return 0 if argv else 2
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the slice is described, not here
+    values = parse_flags(
+        "llada2 plan",
+        argv,
+        switches={
+            "search": (False, "the smallest slice that fits"),
+            "json": (False, "records"),
+            "compile": (True, "ask libtpu; --nocompile: compute memory instead"),
+        },
+        slice="the cloud's name of a slice",
+        phase="a phase of the config",
+    )
+    if values.print_config:
+        print(values.config)
+        return 0
+    cfg = validate(values.config)
+    if values.search:
+        return _search_command(cfg, values)
+    if not values.slice:
+        raise UsageError("--slice is missing: name one, e.g. v5p-32, or give --search")
+    plan = plan_run(cfg, slice_named(values.slice), phase=values.phase, compiled=values.compile)
+    if values.json:
+        print(json.dumps(plan.record(), indent=1))
+    else:
+        print_plan(plan, Console(width=100))
+    return 0 if plan.memory.fits else 3
+
+
+def _search_command(cfg: TrainConfig, values: Any) -> int:
+    """slice: only slices of its chip."""
+    chips = [slice_named(values.slice).chip] if values.slice else CHIPS.values()
+    slices = [s for chip in chips if values.slice or chip.kind == "tpu" for s in slices_of(chip)]
+    found = []
+    with bar(what="plans", unit="plan", delay=0) as shown:
+        for plan in search(cfg, slices, phase=values.phase, compiled=values.compile):
+            found.append(plan)
+            shown.set_postfix_str(f"{plan.slice.name}: {_gib(plan.memory.peak)} GiB")
+            shown.update()
+    if values.json:
+        print(json.dumps([plan.record() for plan in found], indent=1))
+    else:
+        print_search(found, Console(width=120))
+        if found and found[-1].memory.fits:
+            print_plan(found[-1], Console(width=100))
+    return 0 if found and found[-1].memory.fits else 3
+
+
+_HELP = f"""\
+usage: llada2 plan --config=configs/NAME.py --slice=NAME [--config.FIELD=VALUE ...]
+                   [--phase=NAME] [--search] [--json] [--nocompile]
+
+Whether a run fits a slice, on what mesh, and how fast at best. Compiles the training step for the
+slice with libtpu on this machine (minutes; `make .cache/libtpu/libtpu/libtpu.so` fetches it).
+
+  --slice=NAME     v5litepod-16, v5p-32, v6e-64, tpu7x-16, h100-80gb-8, ... as the cloud calls it
+  --config.mesh.fsdp=N, .expert=N, ...   this mesh instead of the table's or the fastest
+  --phase=NAME     a phase of the schedule (default: the one that takes most)
+  --search         the smallest slice that fits, of --slice's chip, or of all TPUs
+  --nocompile      computed memory instead of the compiler's; always so for GPUs
+  --json           records for programs
+
+{EXIT_STATUS}3 where the run does not fit.
+"""

@@ -1,0 +1,155 @@
+"""FLOPs, bytes and time against independent counts of them."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from llada2_jax.architectures import ARCHITECTURES
+from llada2_jax.checkpoint import flatten
+from llada2_jax.config import default_config, validate
+from llada2_jax.costs import (
+    Workload,
+    allowed_pairs,
+    link_bytes,
+    model_flops,
+    roofline,
+    working_bytes,
+)
+from llada2_jax.hardware import slice_named
+from llada2_jax.model import build
+from llada2_jax.sharding import AXES, Placement
+from pallas_kernels.block_layout import (
+    CLEAN,
+    NOISY,
+    allowed,
+    block_index,
+    both_halves,
+    half_layout,
+)
+from tests.helpers import config
+
+
+def layout_of(objective: str, length: int, block_size: int):
+    positions = np.arange(length)[None]
+    block = block_index(positions, block_size, "document")
+    segment = jnp.ones_like(block)
+    if objective == "bdlm":
+        return both_halves(block, segment)
+    return half_layout(block, segment, NOISY if objective == "mdlm" else CLEAN)
+
+
+@pytest.mark.parametrize("length", [24, 29])
+@pytest.mark.parametrize(("objective", "block"), [("ar", 1), ("bdlm", 1), ("bdlm", 8),
+                                                  ("bdlm", 24), ("mdlm", 32)])  # fmt: skip
+def test_pairs_are_those_of_the_attention_rule(objective, block, length):
+    layout = layout_of(objective, length, block)
+    assert allowed_pairs(length, block, objective) == int(allowed(layout, layout).sum())
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdlm", "bdlm"])
+def test_matmuls_are_those_of_the_weights(objective):
+    """With every expert chosen, a position meets every matrix once, and the head once a token."""
+    model = config(experts_per_token=4, topk_group=2)
+    sizes = {name: math.prod(leaf.shape) for name, leaf in flatten(build(model)[1]).items()}
+    matrices = {n: s for n, s in sizes.items() if "norm" not in n and "expert_bias" not in n}
+    head = sum(size for name, size in matrices.items() if "head" in name)
+    inside = sum(size for name, size in matrices.items() if "layers" in name)
+    flops = model_flops(model, objective, 32, 8)
+    halves = 2 if objective == "bdlm" else 1
+    pairs = flops.pop("attention pairs")
+    assert sum(flops.values()) == 6 * (halves * inside + head)
+    per_token = allowed_pairs(32, 8, objective) / 32
+    assert pairs == 3 * model.num_layers * 4 * model.num_heads * model.head_dim * per_token
+
+
+@pytest.mark.parametrize(("name", "attention", "head"), [("mini", 0.15, 0.14),
+                                                         ("flash", 0.095, None)])  # fmt: skip
+def test_shares_of_the_released_models(name, attention, head):
+    """As counted by hand for rows of 4096 without documents."""
+    flops = model_flops(ARCHITECTURES[name], "bdlm", 4096, 32)
+    total = sum(flops.values())
+    assert flops["attention pairs"] / total == pytest.approx(attention, abs=0.005)
+    assert head is None or flops["head"] / total == pytest.approx(head, abs=0.005)
+
+
+def workload(sizes=None, accumulate=1, remat="full", objective="bdlm", rows=16) -> Workload:
+    cfg = default_config()
+    cfg.workdir = "unused"
+    with cfg.unlocked():
+        cfg.model = {"vocab_size": 16}
+    cfg.schedule.decay_blocks, cfg.schedule.decay_tokens = (8,), 10**6
+    cfg.data.row_length, cfg.data.rows_per_step = 32, rows
+    cfg.optimizer.accumulate, cfg.runtime.remat = accumulate, remat
+    model = config(dtype="bfloat16", remat=remat)
+    return Workload(validate(cfg), model, dict.fromkeys(AXES, 1) | (sizes or {}), objective, 8)
+
+
+def placed(name: str, shape: tuple[int, ...], *spec, sizes) -> Placement:
+    whole = Placement(name, shape, PartitionSpec(*spec), 4 * math.prod(shape))
+    ways = math.prod(sizes.get(axis, 1) for entry in whole.cuts for axis in entry)
+    return dataclasses.replace(whole, bytes_per_device=whole.bytes_per_device // ways)
+
+
+def test_bytes_on_links_of_one_matrix():
+    sizes = {"fsdp": 4, "data": 2}
+    params = [placed("head", (16, 64), ("fsdp", "context", "expert"), None, sizes=sizes)]
+    received = link_bytes(workload(sizes), params)
+    # Two gathers and a scatter of bf16, of which a device has a quarter; then half of a ring twice.
+    assert received["fsdp"] == 3 * (16 * 64 * 2) * 3 / 4
+    assert received["data"] == 2 * (16 * 64 * 2) / 2
+    assert received["expert"] == received["model"] == received["context"] == 0
+    halved = link_bytes(workload(sizes, accumulate=2), params)
+    assert halved["fsdp"] == 2 * received["fsdp"]  # weights move for each micro-batch
+    assert link_bytes(workload(sizes, remat="none"), params)["fsdp"] == received["fsdp"] * 2 / 3
+
+
+def test_bytes_on_links_of_experts():
+    """Experts stay where they are: tokens come to them; what else is cut along them is gathered."""
+    sizes = {"expert": 4}
+    own = placed("moe_layers/mlp/experts/down", (1, 4, 8, 16), None, ("expert",), None,
+                 ("fsdp", "context"), sizes=sizes)  # fmt: skip
+    work = workload(sizes)
+    tokens = 16 * 32 * 2 / 4
+    assert work.positions == tokens
+    assert link_bytes(work, [own])["expert"] == 5 * 1 * tokens * 16 * 2 * 3
+    shared = placed("moe_layers/mlp/shared/down", (1, 8, 16), None, None, ("expert",), sizes=sizes)
+    more = link_bytes(work, [own, shared])["expert"] - link_bytes(work, [own])["expert"]
+    assert more == 3 * (8 * 16 * 2) * 3 / 4
+
+
+def test_activations_do_not_depend_on_how_rows_are_cut_when_nothing_is():
+    assert all(size == 0 for size in link_bytes(workload(), []).values())
+
+
+def test_roofline():
+    chip = slice_named("v5p-32")
+    work = workload({"fsdp": 16})
+    params = [placed("head", (16, 64), ("fsdp",), None, sizes={"fsdp": 16})]
+    roof = roofline(work, params, 1e9, chip)
+    assert roof.tokens == 16 * 32
+    assert roof.compute == 16 * 32 * work.executed_flops_per_token / (16 * 459e12)
+    assert roof.memory == pytest.approx((3 * 16 * 64 * 2 + 2e9) / 2765e9)
+    assert roof.links == {"fsdp": link_bytes(work, params)["fsdp"] / 600e9}
+    assert roof.best == roof.memory and roof.in_turn == roof.memory + sum(roof.links.values())
+    ideal = dataclasses.replace(roof, memory=0.0, links={})
+    assert 3 / 4 < ideal.mfu(ideal.best) < 1, "layers run forward twice, the head once"
+    kept = workload({"fsdp": 16}, remat="none")
+    assert kept.executed_flops_per_token == pytest.approx(kept.flops_per_token)
+
+
+def test_links_between_machines_of_gpus_are_slower():
+    params = [placed("head", (16, 64), ("fsdp",), None, sizes={"fsdp": 16})]
+    work = workload({"fsdp": 16})
+    within = roofline(work, params, 0.0, slice_named("h100-80gb-8")).links["fsdp"]
+    between = roofline(work, params, 0.0, slice_named("h100-80gb-16")).links["fsdp"]
+    assert between == pytest.approx(within * 450 / 50)
+
+
+def test_several_micro_batches_sum_gradients_in_fp32():
+    params = [placed("head", (16, 64), None, None, sizes={})]
+    one, several = (working_bytes(workload(accumulate=n), params)["gradients"] for n in (1, 2))
+    assert (one, several) == (4 * 1024, 8 * 1024)

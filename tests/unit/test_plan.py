@@ -1,0 +1,167 @@
+"""`llada2 plan` through its command, and what libtpu says of a small model."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from llada2_jax import cli, plan
+from llada2_jax.config import ConfigError, default_config, validate
+from llada2_jax.hardware import CHIPS, GIB, slice_named, slices_of
+from llada2_jax.sharding import AXES
+from pallas_kernels.aot import LIBTPU
+
+ROOT = Path(__file__).parents[2]
+COMPILER = Path(os.environ.get("TPU_LIBRARY_PATH", LIBTPU))
+needs_libtpu = pytest.mark.skipif(
+    not COMPILER.is_file(), reason=f"no TPU compiler: `make {LIBTPU}` fetches it"
+)
+GOLDEN = json.loads((ROOT / "tests/goldens/plan.json").read_text())
+
+SMALL = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 128,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_experts": 16,
+    "experts_per_token": 4,
+    "n_group": 4,
+    "topk_group": 2,
+}
+
+
+def small_run(rows=4, **mesh):
+    config = default_config()
+    config.workdir = "unused"
+    with config.unlocked():
+        config.model = SMALL
+    config.data.row_length, config.data.rows_per_step = 256, rows
+    config.schedule.warmup_blocks, config.schedule.warmup_tokens = (32,), 10**6
+    config.schedule.stable_tokens = 10**7
+    config.runtime.experts_backend, config.runtime.remat = "ragged_dot", "full"
+    config.mesh.update(mesh)
+    return validate(config)
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    status = cli.main(["plan", *argv])
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row['model']} {row['slice']}")
+def test_state_of_the_released_models_is_cut_as_it_was(capsys, row):
+    """Bytes of a device and the mesh, of every slice in docs/plan.md."""
+    status, out, _ = run(
+        capsys,
+        f"--config={ROOT}/configs/cpt_{row['model']}.py",
+        f"--slice={row['slice']}",
+        *("--nocompile", "--json", *row["flags"]),
+    )
+    record = json.loads(out)
+    assert record["memory_from"] == "computed" and status in (0, 3)
+    assert record["mesh"] == row["mesh"]
+    found = {name: record["bytes"][name] for name in ("parameters", "moments")}
+    assert found == {name: row["bytes"][name] for name in found}
+    assert record["model_flops_per_token"]["all"] == pytest.approx(row["flops_per_token"])
+
+
+def test_a_table_for_people(capsys):
+    config = f"--config={ROOT}/configs/cpt_mini.py"
+    status, out, _ = run(capsys, config, "--slice=h100-80gb-16", "--nocompile")
+    assert status == 0 and "computed, not compiled" in out and "fits" in out
+    assert "layer inputs" in out and "MFU" in out and "Assumed: " in out
+    assert "--config.mesh.expert=" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--slice=v5p-12"], "There are v5p-8"),
+        ([], "--slice is missing"),
+        (["--slice=v5p-32", "--phase=warm"], r"phases are warmup-1, warmup-4"),
+        (["--slice=v5p-32", "--config.mesh.expert=7"], "does not make up 16 devices"),
+        (["--slice=v5p-32", "--config.init.architecture=large"], "choose one of"),
+        (["--slice=v5p-32", "--config.init.architecture="], "is not there to tell"),
+    ],
+)
+def test_mistakes_are_named(capsys, argv, message):
+    config = f"--config={ROOT}/configs/cpt_mini.py"
+    status, out, error = run(capsys, config, "--nocompile", *argv)
+    assert status in (1, 2) and not out
+    assert re.search(message, error)
+
+
+def test_a_missing_compiler_says_how_to_get_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "libtpu.so"))
+    config = f"--config={ROOT}/configs/cpt_mini.py"
+    status, _, error = run(capsys, config, "--slice=v5litepod-16")
+    assert status == 1 and "make .cache/libtpu/libtpu/libtpu.so" in error
+
+
+def test_the_phase_with_both_halves_takes_most():
+    cfg = small_run()
+    assert plan.planned_phase(cfg).name == "warmup-32"
+    assert plan.planned_phase(cfg, "stable-256").objective == "mdlm"
+
+
+def test_rows_are_cut_into_micro_batches_of_one_a_group():
+    sizes = dict.fromkeys(AXES, 1) | {"fsdp": 2}
+    cfg = small_run(rows=8)
+    model = plan.planned_model(cfg)
+    assert plan.on_mesh(cfg, model, sizes).optimizer.accumulate == 4
+    chosen = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, accumulate=2))
+    assert plan.on_mesh(chosen, model, sizes).optimizer.accumulate == 2
+    with pytest.raises(ConfigError, match="rows_per_step"):
+        plan.on_mesh(cfg, model, sizes | {"fsdp": 16})
+
+
+def test_meshes_make_up_the_devices():
+    cfg = small_run(rows=16)
+    found = list(plan.meshes(cfg, plan.planned_model(cfg), 8))
+    assert all(math.prod(sizes.values()) == 8 for sizes in found)
+    assert {sizes["expert"] for sizes in found} == {1, 2, 4, 8}
+    assert {sizes["model"] for sizes in found} == {1, 2}, "there are two key heads"
+    assert {sizes["context"] for sizes in found} == {1}, "rows are short"
+
+
+def test_search_goes_up_until_something_fits():
+    """On a chip whose memory is so small that the small model needs several."""
+    chip = dataclasses.replace(CHIPS["v6e"], usable_bytes=24 * 2**20)
+    slices = [dataclasses.replace(s, chip=chip) for s in slices_of(CHIPS["v6e"])]
+    found = list(plan.search(small_run(rows=64), slices, compiled=False))
+    assert [p.memory.fits for p in found] == [False] * (len(found) - 1) + [True]
+    chips = [p.slice.chips for p in found]
+    assert chips == sorted(chips) and 1 < chips[-1] < 64
+    # The next smaller slice cannot: not with any mesh.
+    smaller = next(s for s in reversed(slices) if s.chips < chips[-1])
+    best = plan.plan_run(small_run(rows=64), smaller, compiled=False)
+    assert not best.memory.fits
+
+
+@needs_libtpu
+def test_a_step_compiles_for_a_slice():
+    """The compiler's arguments are the state; what it adds is of the computed order."""
+    found = plan.plan_run(small_run(fsdp=2, expert=2), slice_named("v5litepod-4"))
+    computed = plan.plan_run(
+        small_run(fsdp=2, expert=2), slice_named("v5litepod-4"), compiled=False
+    )
+    assert found.memory.compiled and found.memory.fits
+    assert found.memory.state == computed.memory.state
+    assert 0 < found.memory.temporaries < 10 * computed.memory.temporaries
+
+
+@needs_libtpu
+def test_what_does_not_fit_says_how_much_it_needs():
+    cfg = small_run(rows=4)
+    cfg = dataclasses.replace(cfg, model=SMALL | {"vocab_size": 2048 * 2048})
+    found = plan.plan_run(cfg, slice_named("v5litepod-4"))
+    assert found.memory.compiled and not found.memory.fits
+    assert found.memory.peak > found.memory.limit > 15 * GIB
