@@ -1,9 +1,10 @@
 """Continual pretraining of LLaDA2.0-mini (16B): Ling-mini-base-2.0 to block diffusion (§4).
 
-    llada2 plan --config=configs/cpt_mini.py --slice=v5litepod-64
+    llada2 plan --config=configs/cpt_mini.py --slice=v6e-64
     llada2 train --config=configs/cpt_mini.py --config.init.checkpoint=FOLDER
 
-PLAN
+`plan --nocompile --slice=v6e-8 --config.data.rows_per_step=8` (computed): 28.1 of 31.2 GiB;
+roofline 231k to 426k tokens/s, links in turn or all overlapped.
 
 From the paper (arXiv 2512.15745): block sizes 1 -> 4 -> 32 -> 64 -> 4096 -> 2048 -> ... -> 32, rows
 of 4096 tokens, documents that do not see each other, noise on the mask's embedding in the first

@@ -68,7 +68,7 @@ MESHES: dict[tuple[str, str], Sizes] = {
     ("flash", "v5litepod-256"): {"fsdp": 32, "expert": 8},
     ("flash", "v5p-128"): {"fsdp": 2, "expert": 8, "context": 4},
 }
-"""Meshes that were compiled (docs/plan.md); for others the roofline chooses."""
+"""Meshes of the slices in docs/plan.md; for others the roofline chooses."""
 
 COMPILED_CANDIDATES = 3
 """Meshes of a slice that --search compiles, the fastest ones first, before it takes a larger
