@@ -15,6 +15,11 @@ from llada2_jax.hardware import CHIPS, GIB, slice_named, slices_of
 from llada2_jax.sharding import AXES
 from pallas_kernels.aot import LIBTPU
 
+# ml_collections reads config files with it.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:the load_module\(\) method is deprecated:DeprecationWarning"
+)
+
 ROOT = Path(__file__).parents[2]
 COMPILER = Path(os.environ.get("TPU_LIBRARY_PATH", LIBTPU))
 needs_libtpu = pytest.mark.skipif(
@@ -76,6 +81,7 @@ def test_state_of_the_released_models_is_cut_as_it_was(capsys, row):
 def test_a_table_for_people(capsys):
     config = f"--config={ROOT}/configs/cpt_mini.py"
     status, out, _ = run(capsys, config, "--slice=h100-80gb-16", "--nocompile")
+    out = " ".join(out.split())  # lines are as long as the terminal is wide
     assert status == 0 and "computed, not compiled" in out and "fits" in out
     assert "layer inputs" in out and "MFU" in out and "Assumed: " in out
     assert "--config.mesh.expert=" in out
