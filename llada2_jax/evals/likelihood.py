@@ -167,7 +167,8 @@ def _rows(
             owner.append(i)
     longest = head + max(len(tokens) for tokens, _ in rows)
     shape = (len(rows), min(row_length, -(-longest // _WIDTHS) * _WIDTHS))
-    fields = {f.name: np.zeros(shape, np.int32) for f in dataclasses.fields(Batch)}
+    required = [f.name for f in dataclasses.fields(Batch) if f.default is dataclasses.MISSING]
+    fields = {name: np.zeros(shape, np.int32) for name in required}
     fields["tokens"][:] = special.pad
     fields["loss_mask"] = np.zeros(shape, bool)
     for r, (tokens, first) in enumerate(rows):

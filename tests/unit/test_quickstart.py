@@ -41,6 +41,7 @@ def completion(tokens, *, accepted, denoise, commits, seconds, trajectory=None) 
         commit_forwards=commits,
         commits=commits,
         accepted=accepted,
+        edits=0,
         seconds=seconds,
         compile_seconds=9.0,
         trajectory=trajectory,
@@ -151,7 +152,9 @@ def test_the_parent_is_trained_once_and_shipped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(quickstart, "TINY_AR", shipped)
     monkeypatch.setattr(quickstart, "train", train)
-    monkeypatch.setattr(llada2_jax.train, "init_params", random_params)
+    monkeypatch.setattr(
+        llada2_jax.train, "init_params", lambda cfg, seed, mesh: random_params(cfg, seed)
+    )
     with monkeypatch.context() as stopped:  # between two files of the tokenizer
         unwritable = {"tokenizer.json": "{}", "tokenizer_config.json": None}
         stopped.setattr(quickstart, "tokenizer_files", lambda tokenizer: unwritable)

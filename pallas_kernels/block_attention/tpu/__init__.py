@@ -87,6 +87,8 @@ def computed_pairs(
 
 
 def _check(q, k, v, intervals: KeyIntervals, real) -> None:
+    if intervals.own[0].shape != q.shape[:2]:
+        raise ValueError(f"intervals of {intervals.own[0].shape} for queries {q.shape[:2]}")
     heads, kv_heads = q.shape[2], k.shape[2]
     same = (q.shape[0], *real.shape, q.shape[3]) == (k.shape[0], *k.shape[:2], k.shape[3])
     if k.shape != v.shape or not same:
@@ -98,8 +100,6 @@ def _check(q, k, v, intervals: KeyIntervals, real) -> None:
         raise ValueError(f"{heads} query heads do not divide into {kv_heads} kv heads")
     if {x.dtype for x in (q, k, v)} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float32")}):
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: all bfloat16 or all float32")
-    if intervals.own[0].shape != q.shape[:2]:
-        raise ValueError(f"intervals of {intervals.own[0].shape} for queries {q.shape[:2]}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
