@@ -24,6 +24,10 @@ ERRORS = {
     "convert": (["a", "b", "--to", "onnx"], [NOWHERE, "b"]),
     "verify": ([], [NOWHERE]),
     "merge": ([NOWHERE], [NOWHERE, "--out", "b"]),
+    "plan": (
+        [TRAIN, "--slice=v99-1", "surprise"],
+        [TRAIN, "--config.data.row_length=0", "--slice=v5e-4"],
+    ),
     "runs": (["surprise"], ["compare", NOWHERE, NOWHERE]),
 }
 

@@ -79,8 +79,7 @@ def test_all_leave_together(fault, status):
 
 def test_one_that_is_left_alone_says_so():
     script = """
-        from llada2_jax import sharding
-from llada2_jax.config import DistributedConfig, MeshConfig
+        from llada2_jax.config import DistributedConfig
         from llada2_jax.distributed import joined
         with joined(DistributedConfig(start_seconds=1)):
             pass
