@@ -102,7 +102,7 @@ def test_curves_are_written_and_may_fail_without_harm(tmp_path, monkeypatch, cap
     logger = open_logger(tmp_path)
 
     def full(file, data):
-        if b"{" not in data:  # not a line of metrics.jsonl
+        if not data.startswith(b'{"'):  # not a line of metrics.jsonl
             os.pwrite(file._file, data[:5], file.size)
             raise OSError(28, "No space left on device")
         append(file, data)
