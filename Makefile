@@ -26,7 +26,7 @@ TORTURE_ARGS ?=
 # Cases that each fuzz test draws, e.g. make fuzz FUZZ_EXAMPLES=100000
 FUZZ_EXAMPLES ?= 5000
 
-.PHONY: help setup quickstart quickstart-long torture fuzz test test-slow test-oldest test-kernels lint format bench aot wheel pins clean
+.PHONY: help setup quickstart quickstart-long posttrain posttrain-study torture fuzz test test-slow test-oldest test-kernels lint format bench aot wheel pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,15 @@ quickstart: setup ## the whole conversion on this machine, about 10 minutes; wri
 
 quickstart-long: setup ## the same with a real budget (hours on 2 cores); run it again to resume
 	$(BIN)/llada2 quickstart --config=configs/quickstart_long.py
+
+posttrain: setup | runs/quickstart/merged ## SFT, CAP and DPO of the quickstart's model; writes runs/posttrain/report.md
+	$(BIN)/llada2 posttrain
+
+posttrain-study: setup | runs/quickstart/merged ## the full grid with three seeds: hours; run it again to resume
+	$(BIN)/llada2 posttrain --config=configs/posttrain_study.py
+
+runs/quickstart/merged:
+	$(MAKE) quickstart
 
 test: lint $(LIBTPU) ## lint, then all tests, about 12 minutes
 	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

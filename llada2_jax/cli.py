@@ -15,6 +15,7 @@ COMMANDS = {
     "quickstart": ("llada2_jax.quickstart", "the whole conversion on this machine, with a report"),
     "train": ("llada2_jax.train", "train from a config: AR, block diffusion, WSD conversion"),
     "plan": ("llada2_jax.plan", "memory, mesh and speed of a run on a TPU slice, without one"),
+    "posttrain": ("llada2_jax.posttrain", "SFT, CAP and DPO on checkable tasks, with a report"),
     "data": ("llada2_jax.data_cli", "prepare sources for training, inspect rows, measure loading"),
     "generate": ("llada2_jax.generate", "complete prompts with the threshold sampler"),
     "score": ("llada2_jax.score", "bits per byte of texts, with its standard error"),

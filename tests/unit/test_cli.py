@@ -17,6 +17,7 @@ PROMPT = ["--prompt", "a"]
 # command -> a command line that makes no sense, and one that asks for what is not there.
 ERRORS = {
     "quickstart": ([TRAIN, "--config.surprise=1"], [f"--config={NOWHERE}.py"]),
+    "posttrain": ([TRAIN, "--config.surprise=1"], [f"--config={NOWHERE}.py"]),
     "train": ([TRAIN, "surprise"], [TRAIN, "--config.data.row_length=0"]),
     "data": (["prepare", "a", "b"], ["inspect", NOWHERE]),
     "generate": (["--checkpoint", NOWHERE, "--top-p", "2"], ["--checkpoint", NOWHERE, *PROMPT]),

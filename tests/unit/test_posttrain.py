@@ -1,0 +1,129 @@
+"""Post-training's own parts; tests/e2e/test_posttrain.py runs the whole."""
+
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from llada2_jax import posttrain
+from llada2_jax.config import ConfigError, load_config
+from llada2_jax.posttrain import Setting
+from llada2_jax.posttrain_report import Point, arm_points, family_scores, gain, preference
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def arms_config(comparisons=None, **arms):
+    fields = {
+        name: {"stage": s, "start": start, "changes": {}} for name, (s, start) in arms.items()
+    }
+    return ml_collections.ConfigDict(
+        {"arms": fields, "stages": {"sft": {}, "dpo": {}}, "comparisons": comparisons or {}}
+    )
+
+
+def test_an_arm_comes_after_the_one_it_starts_from_and_pairs_after_sft():
+    config = arms_config(
+        b=("sft", "a"), d=("dpo", "base"), a=("sft", "base"), sft=("sft", "b"), e=("dpo", "d")
+    )
+    assert [arm.name for arm in posttrain.read_arms(config)] == ["a", "b", "sft", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (arms_config(a=("rl", "base")), "arms.a.stage='rl'.*sft"),
+        (arms_config(a=("sft", "b")), "arms.a.start='b'.*base"),
+        (arms_config(a=("sft", "b"), b=("sft", "a")), "a, b start from each other"),
+        (arms_config(a=("dpo", "base")), "pairs come from the answers of an arm 'sft'"),
+        (arms_config({"x": ("a", "c")}, a=("sft", "base")), "comparisons.x: there is no arm c"),
+    ],
+)
+def test_arms_that_do_not_fit_together_are_refused(config, match):
+    with pytest.raises(ConfigError, match=match):
+        posttrain.read_arms(config)
+
+
+@pytest.mark.parametrize("name", ["posttrain.py", "posttrain_study.py"])
+def test_every_arm_of_a_shipped_config_is_valid(name, tmp_path):
+    config = load_config(CONFIGS / name)
+    for arm in posttrain.read_arms(config):
+        cfg = posttrain.arm_config(config, arm, 1, tmp_path / "start", tmp_path / "data")
+        assert cfg.seed == 1 and cfg.init.checkpoint == str(tmp_path / "start")
+
+
+def test_a_change_that_no_config_knows_is_refused(tmp_path):
+    config = load_config(CONFIGS / "posttrain.py")
+    arm = posttrain.Arm("sft", "sft", "base", {"noise": {"colour": 1}})
+    with pytest.raises(ConfigError, match="arms.sft.changes.*colour"):
+        posttrain.arm_config(config, arm, 0, tmp_path, tmp_path)
+
+
+def test_settings_are_a_cross_or_all_pairs():
+    decoding = ml_collections.ConfigDict(
+        {"thresholds": (0.9, 0.6), "block_sizes": (8, 32), "every_pair": False}
+    )
+    cross = [Setting(0.9, 32), Setting(0.6, 32), Setting(0.9, 8)]
+    assert posttrain.settings(decoding, 32) == cross
+    decoding.every_pair = True
+    assert posttrain.settings(decoding, 32) == [Setting(t, b) for b in (8, 32) for t in (0.9, 0.6)]
+
+
+# ------------------------------------------------------------------------------------- report
+
+
+def outcome(threshold, correct, speed=2.0):
+    return {
+        "threshold": threshold,
+        "block_size": 32,
+        "correct": correct,
+        "tokens_per_forward": speed,
+        "tokens_per_second": 100 * speed,
+    }
+
+
+def test_points_pool_the_families_that_count():
+    runs = [
+        {"outcomes": [outcome(0.9, {"a": [True, True], "b": [True, False]}, speed)]}
+        for speed in (2.0, 4.0)
+    ]
+    [one] = arm_points(runs[:1], ["a", "b"])
+    assert one.score == 0.75 and one.stderr == pytest.approx(0.25)  # over tasks
+    [two] = arm_points(runs, ["a"])
+    assert (two.score, two.stderr, two.tokens_per_forward) == (1.0, 0.0, 3.0)  # over seeds
+
+
+def test_families_are_judged_after_sft_at_the_strictest_threshold():
+    schedule = {"schedule": {"posttrain_block": 32}}
+    config = {
+        "decoding": {"thresholds": (0.6, 0.9)},
+        "families": {"a": {}, "b": {}},
+        "arms": {"sft": {"stage": "sft", "changes": {}}},
+        "stages": {"sft": schedule},
+    }
+    outcomes = [
+        outcome(0.6, {"a": [False], "b": [False]}),
+        outcome(0.9, {"a": [True], "b": [False]}),
+    ]
+    results = {"config": config, "arms": {"sft": [{"outcomes": outcomes}]}}
+    assert family_scores(results) == {"a": 1.0, "b": 0.0}
+
+
+def point(score, speed, stderr=0.05):
+    return Point(0.9, 32, score, stderr, speed, 1.0)
+
+
+def test_gain_compares_the_fastest_settings_of_equal_score():
+    baseline = [point(0.80, 1.0), point(0.76, 1.5), point(0.5, 9.0)]
+    ratio, ours, theirs = gain([point(0.9, 1.0), point(0.75, 3.0), point(0.7, 7.0)], baseline)
+    assert (ratio, ours.tokens_per_forward, theirs.tokens_per_forward) == (2.0, 3.0, 1.5)
+    assert gain([point(0.7, 7.0)], baseline) is None
+
+
+def test_preference_reports_the_last_validation_over_seeds():
+    def run(margin):
+        lines = [{"loss": 1.0}, {"reward_margin": 9.0, "reward_accuracy": 0.0}]
+        return {"metrics": [*lines, {"reward_margin": margin, "reward_accuracy": 0.75}]}
+
+    assert preference([run(1.0), run(2.0)]) == {"reward_margin": 1.5, "reward_accuracy": 0.75}
+    assert preference([{"metrics": [{"loss": 1.0}]}]) == {}
