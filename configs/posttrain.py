@@ -1,4 +1,4 @@
-"""`make posttrain`: SFT, CAP and DPO after the quickstart's conversion, on tasks that can be checked.
+"""`make posttrain`: SFT, CAP and DPO of the quickstart's model, on tasks that can be checked.
 
     llada2 posttrain                       # minutes on two CPU cores; runs/posttrain/report.md
     llada2 posttrain --config.arms.cap.changes.cap.weight=1.0
