@@ -22,7 +22,6 @@ def get_config():
     sft.optimizer.learning_rate = 1e-3  # little text: the base has never seen a question
     cap.optimizer.learning_rate = 2e-4
     cap.schedule.cap_tokens = 100_000
-    dpo.data.row_length = 256
     dpo.schedule.dpo_tokens = 60_000
     for stage in (sft, cap, dpo):
         stage.checkpoint.every_tokens = stage.eval.every_tokens = 0

@@ -24,8 +24,14 @@ def get_config():
         config.decoding.every_pair = True
         config.stages.sft.schedule.sft_tokens = 1_500_000
         config.stages.cap.schedule.cap_tokens = 400_000
-        config.arms = {"sft": _arm("sft", "base"), **_noise(), **_blocks(), **_weights()}
-        config.arms |= {"dpo": _arm("dpo", "sft"), "cap_dpo": _arm("dpo", "cap_2")}
+        config.arms = {
+            "sft": _arm("sft", "base"),
+            **_noise(),
+            **_blocks(),
+            **_weights(),
+            "dpo": _arm("dpo", "sft"),
+            "cap_dpo": _arm("dpo", "cap_2"),
+        }
         config.comparisons = {
             "stages": ("sft", "cap_0", "cap_2", "dpo", "cap_dpo"),
             "complementary_masking": ("sft", "single_masks"),
@@ -54,5 +60,8 @@ def _weights():
 
 
 def _blocks():
-    sizes = [size for size in BLOCKS if size != 32]
-    return {f"block_{s}": _arm("sft", "base", schedule={"posttrain_block": s}) for s in sizes}
+    def arm(size: int):
+        data = {"pad_multiple": max(32, size)}
+        return _arm("sft", "base", schedule={"posttrain_block": size}, data=data)
+
+    return {f"block_{size}": arm(size) for size in BLOCKS if size != 32}

@@ -32,6 +32,7 @@ from llada2_jax.train import parse_flags, train
 
 BASE = "base"
 TEMPLATE = ChatTemplate(LLADA2_TEMPLATE)
+VALIDATION_PERCENT = 10.0  # of rows that are trained on: losses and rewards come from these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +215,7 @@ def _prepared(folder: Path, rows, content: str, base: ModelBundle) -> Path:
         base.tokenizer_files,
         base.special,
         max_bad_fraction=0.0,
+        validation_percent=VALIDATION_PERCENT,
     )
     prepare(job, folder / "prepared")
     return folder / "prepared"
