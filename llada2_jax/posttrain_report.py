@@ -231,7 +231,10 @@ def _markdown(results, shown, points: Mapping[str, list[Point]], trained) -> str
         f"Scores are shares of right answers, ± the standard error over {over}.",
     ]
     for name, members in config["comparisons"].items():
-        lines += _comparison(name, {arm: points[arm] for arm in members}, trained)
+        arms = {arm: points[arm] for arm in members}
+        lines += _comparison(name, arms, trained)
+        if shown["counted"]:
+            lines += _gains(arms, trained)
     rewards = {arm: values for arm, values in shown["preference"].items() if values}
     if rewards:
         lines += ["", "## Preferences", "", "| arm | reward margin | reward accuracy |"]
@@ -254,12 +257,15 @@ def _comparison(name: str, arms: Mapping[str, list[Point]], trained) -> list[str
                 f"| {arm} | {p.threshold:g} | {p.block_size} | {p.score:.3f} ± {p.stderr:.3f} | "
                 f"{p.tokens_per_forward:.2f} | {p.tokens_per_second:.0f} |"
             )
+    return lines
+
+
+def _gains(arms: Mapping[str, list[Point]], trained) -> list[str]:
+    """What each arm gains over the first."""
     first, *others = arms
     base = _at_block(arms[first], trained[first])
-    lines += [""]
-    for arm in others:
-        lines.append(_gain_line(arm, gain(_at_block(arms[arm], trained[arm]), base), first))
-    return lines
+    found = {arm: gain(_at_block(arms[arm], trained[arm]), base) for arm in others}
+    return ["", *(_gain_line(arm, value, first) for arm, value in found.items())]
 
 
 def _gain_line(arm: str, found: tuple[float, Point, Point] | None, first: str) -> str:
