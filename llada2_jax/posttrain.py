@@ -98,7 +98,7 @@ def run(config: Any) -> Path:
             models[arm.name] = last_checkpoint(cfg)
             outcomes = _decoded(config, arm, cfg, models[arm.name], tasks["test"])
             results["arms"].setdefault(arm.name, []).append(
-                {"seed": seed, "outcomes": outcomes, "metrics": read_metrics(cfg.workdir)}
+                {"seed": seed, "outcomes": outcomes, "metrics": read_metrics(Path(cfg.workdir))}
             )
     results["seconds"] = time.perf_counter() - started
     path = posttrain_report.write(work, results)

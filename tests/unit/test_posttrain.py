@@ -115,7 +115,9 @@ def point(score, speed, stderr=0.05):
 
 def test_gain_compares_the_fastest_settings_of_equal_score():
     baseline = [point(0.80, 1.0), point(0.76, 1.5), point(0.5, 9.0)]
-    ratio, ours, theirs = gain([point(0.9, 1.0), point(0.75, 3.0), point(0.7, 7.0)], baseline)
+    found = gain([point(0.9, 1.0), point(0.75, 3.0), point(0.7, 7.0)], baseline)
+    assert found is not None
+    ratio, ours, theirs = found
     assert (ratio, ours.tokens_per_forward, theirs.tokens_per_forward) == (2.0, 3.0, 1.5)
     assert gain([point(0.7, 7.0)], baseline) is None
 
