@@ -140,7 +140,7 @@ WRONG_DPO = {
     "reference__memory": ("disk", r"config\.reference\.memory='disk': choose one of"),
     "reference__mask_id": (3, r"mask_id=3 is not read where config\.reference\.checkpoint is e"),
     "schedule__ar_tokens": (9, r"dpo_tokens: its rows are preference pairs, which no other stage"),
-    "schedule__posttrain_block": (24, r"posttrain_block: 24 must divide config\.data\.row_length"),
+    "schedule__posttrain_block": (24, r"must be a multiple of each block size \(24\)"),
     "data__packing": ("concat", r"dpo_tokens: name preference pairs in config\.data\.sources"),
     "data__sources": ((), r"dpo_tokens: name preference pairs in config\.data\.sources"),
     "noise__weight": ("flat", r"config\.noise: dpo compares bounds .*weight='elbo'"),
