@@ -52,7 +52,7 @@ def record_config(
     models = (("parent", "init", parent), ("reference_model", "reference", reference))
     path = workdir / "config.json"
     if path.exists():
-        before = read_config(workdir)
+        before = _completed(read_config(workdir), dataclasses.asdict(TrainConfig()))
         changed = [k for k in described if k not in FREE and before.get(k) != described[k]]
         if changed:
             raise ConfigError(
@@ -67,6 +67,18 @@ def record_config(
     recorded = described | {name: now for name, _, now in models if now}
     replace_text(path, json.dumps(recorded, indent=1))
     replace_text(workdir / "README.txt", README)
+
+
+def _completed(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A run of a version that lacked a field goes on with the field's default: it did what the
+    default does."""
+    filled = {
+        name: _completed(stored[name], value)
+        if isinstance(value, dict) and isinstance(stored.get(name), dict)
+        else stored.get(name, value)
+        for name, value in json.loads(json.dumps(defaults)).items()
+    }
+    return stored | filled
 
 
 def _check_model(workdir: Path, field: str, before: Any, now: dict[str, int] | None) -> None:

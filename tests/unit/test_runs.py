@@ -98,6 +98,19 @@ def test_a_config_that_is_not_readable_is_named(tmp_path):
             read_config(tmp_path)
 
 
+def test_a_field_that_the_run_s_version_lacked_was_at_its_default(tmp_path):
+    record_config(tmp_path, CFG)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["data"]["block_anchor"], stored["spikes"]
+    path.write_text(json.dumps(stored))
+    record_config(tmp_path, CFG)
+    path.write_text(json.dumps(stored))
+    other = dataclasses.replace(CFG, data=dataclasses.replace(CFG.data, block_anchor="row"))
+    with pytest.raises(ConfigError, match=r"another config\.data"):
+        record_config(tmp_path, other)
+
+
 def test_a_run_goes_on_from_the_model_it_began_with(tmp_path):
     """Whatever else stands at that path by now."""
     cfg = dataclasses.replace(CFG, init=InitConfig(checkpoint="parent"))
