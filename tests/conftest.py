@@ -7,6 +7,8 @@ from pathlib import Path
 # run under the same rules. Set JAX_PLATFORMS yourself to run the tests on an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+# Most of a test's time on a fresh clone is compilation: of code that runs once, on tiny shapes.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Tests are many small programs: keep all but the quickest to compile from one run to the next.
 if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
