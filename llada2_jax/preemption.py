@@ -33,6 +33,9 @@ class Preempted(SystemExit):
 class PreemptionNotice(contextlib.AbstractContextManager):
     """Within its context, the first SIGTERM asks the run to save and end, the second ends it.
 
+    In a job of several processes the coordination service holds the signal until all know, and does
+    not tell whether it was sent to this one: from then on two more SIGTERMs end a process.
+
     seconds: from the notice until the process is ended (exit status RESTART) even if the
     checkpoint is not finished; those before it are whole. Outside the main thread, where Python
     allows no signal handlers, only jax.distributed's notices are heard.
@@ -45,8 +48,7 @@ class PreemptionNotice(contextlib.AbstractContextManager):
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> PreemptionNotice:
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and not jax.distributed.is_initialized():
+        if not jax.distributed.is_initialized():
             self._listen()
         return self
 
@@ -62,9 +64,12 @@ class PreemptionNotice(contextlib.AbstractContextManager):
         if not multihost_utils.reached_preemption_sync_point(step):
             return False
         self._start_timer()
+        self._listen()
         return True
 
     def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         # Python runs handlers between bytecodes of the main thread, which may be compiling for
         # minutes. The wake-up descriptor is written at once, and a thread of ours reads it.
         reader, writer = socket.socketpair()
@@ -86,6 +91,8 @@ class PreemptionNotice(contextlib.AbstractContextManager):
                     self._start_timer()
 
     def _start_timer(self) -> None:
+        if self._timer is not None:
+            return
         message = f"no checkpoint within {self._seconds:g} s of the notice; the last one is whole"
         self._timer = threading.Timer(self._seconds, _exit, [RESTART, message])
         self._timer.daemon = True

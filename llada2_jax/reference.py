@@ -22,7 +22,6 @@ from llada2_jax.data.best_fit import BestFitRows
 from llada2_jax.data.corpus import Corpus
 from llada2_jax.data.loader import to_batch
 from llada2_jax.data.prepare import tokenizer_hash
-from llada2_jax.data.prepared import digest
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.model import merge_params
 from llada2_jax.objectives import Context
@@ -169,7 +168,7 @@ def _key(
     """All that the bounds depend on, by what a user would call it."""
     return {
         "reference": reference.checksums(),
-        "data": [digest(source.name, "train") for source in corpus.sources],
+        "data": [source.train.digest for source in corpus.sources],
         "config.seed": cfg.seed,
         "config.dpo": {"samples": cfg.dpo.samples, "antithetic": cfg.dpo.antithetic},
         "config.noise": dataclasses.asdict(cfg.noise),

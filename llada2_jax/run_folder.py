@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,18 @@ from llada2_jax.config import ConfigError, TrainConfig
 # Fields that do not change what a step computes, or that one changes to get past a stop.
 FREE = ("log_every", "checkpoint", "workdir", "spikes", "distributed", "mesh", "wandb_project")
 
+# What a run is made of besides its config: what it is called, and which field says where it is.
+ORIGINS = {
+    "parent": ("model", "init.checkpoint"),
+    "reference_model": ("model", "reference.checkpoint"),
+    "corpus": ("corpus", "data"),
+}
+
 README = """\
 A training run of llada2_jax. `llada2 train` with the same config and this folder as --workdir goes
 on where the newest checkpoint left off; `llada2 runs compare` sets runs side by side.
 
-    config.json      every field of the config, and checksums of the model it started from
+    config.json      every field of the config, and checksums of the models and data it started from
     starts.jsonl     a line a start: step, time, command, revision, versions, devices, mesh, data
     metrics.jsonl    a line a step, validation or rollback of the surviving history
     tensorboard/     the same as curves
@@ -34,22 +42,18 @@ on where the newest checkpoint left off; `llada2 runs compare` sets runs side by
 
 
 def record_config(
-    workdir: Path,
-    cfg: TrainConfig,
-    parent: dict[str, int] | None = None,
-    reference: dict[str, int] | None = None,
+    workdir: Path, cfg: TrainConfig, **origins: Mapping[str, int | str] | None
 ) -> None:
     """Writes config.json once; a resumed run must have been started with the same config, and from
-    the same model.
+    the same models and data.
 
-    parent: checksums by part of the model at init.checkpoint, or None from scratch. reference:
-    of the one at reference.checkpoint, or None without.
+    origins: for the keys of ORIGINS, what tells the parts of a thing from others (checksums, say);
+    None where the config names no such thing.
 
     Raises: ConfigError that names the first field that differs, FREE ones aside, or the first part
-      of the model.
+      of a model or of the data.
     """
     described = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    models = (("parent", "init", parent), ("reference_model", "reference", reference))
     path = workdir / "config.json"
     if path.exists():
         before = _completed(read_config(workdir), dataclasses.asdict(TrainConfig()))
@@ -60,11 +64,10 @@ def record_config(
                 f"{before.get(changed[0])} there, {described[changed[0]]} now; "
                 "choose another workdir, or remove it to start again"
             )
-        for name, field, now in models:
-            path_now = described[field]["checkpoint"]
-            _check_model(workdir, f"{field}.checkpoint={path_now!r}", before.get(name), now)
+        for name, now in origins.items():
+            _check_origin(workdir, name, before.get(name), now)
     workdir.mkdir(parents=True, exist_ok=True)
-    recorded = described | {name: now for name, _, now in models if now}
+    recorded = described | {name: now for name, now in origins.items() if now}
     replace_text(path, json.dumps(recorded, indent=1))
     replace_text(workdir / "README.txt", README)
 
@@ -81,15 +84,18 @@ def _completed(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, An
     return stored | filled
 
 
-def _check_model(workdir: Path, field: str, before: Any, now: dict[str, int] | None) -> None:
-    """A path may hold another model than it did. Runs of older versions did not take note."""
+def _check_origin(
+    workdir: Path, name: str, before: Any, now: Mapping[str, int | str] | None
+) -> None:
+    """A path may hold something else than it did. Runs of older versions did not take note."""
     if not isinstance(before, dict) or not now:
         return
-    changed = [part for part in now if before.get(part) != now[part]]
+    what, field = ORIGINS[name]
+    changed = [part for part in [*now, *before] if before.get(part) != now.get(part)]
     if changed:
         raise ConfigError(
-            f"{workdir} holds a run with another model than config.{field} now is: its "
-            f"{changed[0]} changed; put the model back that the run began with, choose another "
+            f"{workdir} holds a run with another {what} than config.{field} now is: its "
+            f"{changed[0]} changed; put the {what} back that the run began with, choose another "
             "workdir, or remove it to start again"
         )
 

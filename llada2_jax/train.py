@@ -256,7 +256,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     bundle = starting_bundle(cfg, mesh)
     dpo = cfg.phases[0].objective == "dpo"
     reference = load_reference(cfg, bundle, mesh) if dpo else None
-    _record_config(workdir, cfg, bundle, reference)
+    parent = bundle.provenance.get("checksums")
     if cfg.lora.rank:
         path = str(Path(cfg.init.checkpoint).resolve())
         bundle = add_adapters(bundle, cfg.lora, path=path, seed=cfg.seed, mesh=mesh)
@@ -270,6 +270,17 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         data = corpus.report(cfg.data)
     except ValueError as error:  # a source that is not there, or too few rows to validate on
         raise ConfigError(f"config: {error}") from error
+    if jax.process_index() == 0:
+        other = reference.checksums() if reference and cfg.reference.checkpoint else None
+        record = functools.partial(
+            record_config,
+            workdir,
+            cfg,
+            parent=parent,
+            reference_model=other,
+            corpus=corpus.digests(),
+        )
+        _stored(cfg, record, f"writing {workdir}/config.json")
     corpus, validation, refer = _refer(cfg, reference, corpus, validation, mesh)
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint, tokens_per_step=cfg.tokens_per_step)
     state, first_step = init_state(cfg, bundle.params, mesh), 0
@@ -405,16 +416,6 @@ def _check_pairs(corpus: Corpus) -> None:
                 f"config.data.sources: {source.name} holds {what}; dpo reads pairs without "
                 "weights: llada2 data prepare --content preference"
             )
-
-
-def _record_config(
-    workdir: Path, cfg: TrainConfig, bundle: ModelBundle, reference: ModelBundle | None
-) -> None:
-    if jax.process_index() == 0:
-        parent = bundle.provenance.get("checksums")
-        other = reference.checksums() if reference and cfg.reference.checkpoint else None
-        record = functools.partial(record_config, workdir, cfg, parent, other)
-        _stored(cfg, record, f"writing {workdir}/config.json")
 
 
 def _stored(cfg: TrainConfig, action: Callable[[], None], what: str) -> None:

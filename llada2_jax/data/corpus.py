@@ -83,6 +83,14 @@ class Corpus:
             for s, part, share in zip(self.sources, parts, shares, strict=True)
         }
 
+    def digests(self) -> dict[str, str]:
+        """By source and split: SHA-256 of the documents, wherever they are."""
+        return {
+            f"{source.name} ({split})": documents.digest
+            for source in self.sources
+            for split, documents in (("train", source.train), ("validation", source.validation))
+        }
+
     def _weights(self, parts: list[SourceRows]) -> tuple[float, ...]:
         return tuple(
             float(max(part.epoch_rows, 1)) if source.weight is None else source.weight

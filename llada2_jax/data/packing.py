@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterable
 from typing import Protocol
@@ -25,8 +26,8 @@ class Documents(Protocol):
 
     ids: int32 [docs]. lengths: int64 [docs], in tokens. chosen: int64 [docs], length of the first
     of two texts (a preference pair), or 0. first_supervised: int64 [docs], offset of the first
-    token with a loss weight. weighted: whether there are weights other than 0 and 1. paired:
-    whether the documents are pairs.
+    token with a loss weight. digest: SHA-256 of all the documents, in hexadecimal. weighted:
+    whether there are weights other than 0 and 1. paired: whether the documents are pairs.
     """
 
     @property
@@ -37,6 +38,8 @@ class Documents(Protocol):
     def chosen(self) -> np.ndarray: ...
     @property
     def first_supervised(self) -> np.ndarray: ...
+    @property
+    def digest(self) -> str: ...
     @property
     def weighted(self) -> bool: ...
     @property
@@ -69,6 +72,13 @@ class TokenizedDocuments:
     @property
     def first_supervised(self) -> np.ndarray:
         return np.zeros(len(self.ids), np.int64)
+
+    @property
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for array in (self.tokens, self.ids, self.offsets):
+            total.update(np.ascontiguousarray(array).data)
+        return total.hexdigest()
 
     def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         first = int(self.offsets[document])

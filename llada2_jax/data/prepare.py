@@ -32,7 +32,7 @@ from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve
 from llada2_jax.errors import UserError
 from llada2_jax.types import SpecialTokens
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, PLAN, TOKENIZER = "manifest.json", "plan.json", "tokenizer"
 SPLITS = ("train", "validation")
 # Long texts are kept in records of this many tokens, so that a row never reads megabytes.
@@ -289,11 +289,14 @@ class _Shard:
         self._entries: list[tuple[int, ...]] = []
         self._records = 0
         self._weights: set[float] = set()
+        self._sha256 = hashlib.sha256()
 
     def write(self, example: Example, document: int, row: int, dtype: np.dtype) -> None:
         for piece in _chunks(example):
+            record = encode_record(piece, dtype)
             with self._storage_errors():
-                self._writer.write(encode_record(piece, dtype))
+                self._writer.write(record)
+            self._sha256.update(record)
             self._records += 1
         supervised = int(np.count_nonzero(example.weights))
         first = example.first_supervised
@@ -307,6 +310,7 @@ class _Shard:
             self._writer.close()
         index = np.asarray(self._entries, INDEX)
         np.save(f"{self._path}.npy", index)
+        self._sha256.update(index.tobytes())
         return {
             "documents": len(index),
             "records": self._records,
@@ -314,6 +318,7 @@ class _Shard:
             "supervised_tokens": int(index["supervised"].sum(dtype=np.int64)),
             "longest": int(index["tokens"].max(initial=0)),
             "weighted": not self._weights <= {0.0, 1.0},
+            "sha256": self._sha256.hexdigest(),
         }
 
     @contextlib.contextmanager
@@ -389,4 +394,5 @@ def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {name: sum(p[name] for p in parts) for name in sums}
     total["longest"] = max(p["longest"] for p in parts)
     total["weighted"] = any(p["weighted"] for p in parts)
+    total["sha256"] = hashlib.sha256("".join(p["sha256"] for p in parts).encode()).hexdigest()
     return total

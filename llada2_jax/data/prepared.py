@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -52,15 +51,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def digest(folder: str | Path, split: str) -> str:
-    """SHA-256 of what a prepared folder holds of a split, wherever the folder is."""
-    total = hashlib.sha256(json.dumps(read_manifest(folder), sort_keys=True).encode())
-    for path in sorted(Path(folder).glob(f"*.{split}.*")):
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
 def _check(manifest: dict[str, Any]) -> None:
     """Raises KeyError or TypeError for what a reader would stumble over."""
     for value in (manifest["token_bytes"], manifest["chunk_tokens"]):
@@ -75,6 +65,7 @@ def _check(manifest: dict[str, Any]) -> None:
         if sum(shard[split] for shard in manifest["shards"]) != total["records"]:
             raise TypeError(f"the shards' records do not sum to {total['records']!r}")
         bool(total["weighted"])
+        total["sha256"].lower()
 
 
 class PreparedDocuments:
@@ -115,6 +106,10 @@ class PreparedDocuments:
         if index.dtype != INDEX:
             raise PreparedError(f"{path} has other fields than an index: prepare it again")
         return index
+
+    @property
+    def digest(self) -> str:
+        return self.manifest["splits"][self.split]["sha256"]
 
     @property
     def paired(self) -> bool:

@@ -14,7 +14,7 @@ import pytest
 
 from llada2_jax import cli
 from llada2_jax.checkpoint import ModelBundle, save_model
-from llada2_jax.config import load_config, validate
+from llada2_jax.config import ConfigError, load_config, validate
 from llada2_jax.hub import load_model
 from llada2_jax.metrics import read_metrics
 from llada2_jax.model import init_params
@@ -144,6 +144,14 @@ def test_a_killed_run_resumes_with_bit_equal_losses(folder):
     # A run that is complete is left alone, and one with another config is not taken over.
     assert cli.main(["train", f"--config={folder / 'config.py'}", f"--workdir={killed}"]) == 0
     assert numbers(killed) == numbers(undisturbed)
+
+    # Nor does it go on with other documents than it began with.
+    document = next((folder / "corpus").iterdir())
+    text = document.read_text()
+    document.write_text(text.replace("return", "yield"))
+    with pytest.raises(ConfigError, match="another corpus than config.data now is"):
+        train(validate(load_config(folder / "config.py")))
+    document.write_text(text)
 
 
 def test_another_config_does_not_take_over_a_run(folder, tmp_path, capsys):

@@ -16,9 +16,18 @@ from llada2_jax.config import DataConfig
 from llada2_jax.data import prepare as preparing
 from llada2_jax.data import sources
 from llada2_jax.data.corpus import load_corpus
+from llada2_jax.data.documents import Document
 from llada2_jax.data.examples import Example, decode_record, encode_record
 from llada2_jax.data.loader import batches
-from llada2_jax.data.prepare import MANIFEST, PLAN, PrepareError, prepare, remove
+from llada2_jax.data.packing import tokenize
+from llada2_jax.data.prepare import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PLAN,
+    PrepareError,
+    prepare,
+    remove,
+)
 from llada2_jax.data.prepared import PreparedDocuments, PreparedError, read_manifest
 from llada2_jax.data.sources import SourceError, SourceSpec, plan, read, resolve_format
 from tests.data_helpers import SPECIAL, files, job, texts, write_jsonl
@@ -452,7 +461,7 @@ def test_damaged_folders_are_named(source, tmp_path):
     for text, message in (
         ("{", "is not JSON"),
         ("[]", "version None"),
-        (good.replace('"version": 1', '"version": 99'), "version 99, this program reads 1"),
+        (good.replace(f'"version": {FORMAT_VERSION}', '"version": 99'), "version 99, this program"),
         (good.replace('"token_bytes": 2', '"token_bytes": 3'), "is damaged"),
         (good.replace('"records"', '"recorded"'), "is damaged"),
     ):
@@ -484,6 +493,22 @@ def test_data_of_another_tokenizer_is_refused(source, tmp_path):
         load_corpus(cfg, Tokenizer.from_str(json.dumps(other)), SPECIAL)
     with pytest.raises(PreparedError, match="was prepared with special tokens"):
         load_corpus(cfg, TOKENIZER, dataclasses.replace(SPECIAL, pad=3))
+
+
+def test_a_digest_tells_documents_apart_and_not_where_they_are(tmp_path):
+    """Even those of the same names and lengths, prepared or in memory."""
+
+    def digests(name: str, word: str) -> list[str]:
+        texts = [f"alpha {word} beta {i}" for i in range(20)]
+        write_jsonl(tmp_path / "in.jsonl", [{"text": t} for t in texts])
+        prepare(job(tmp_path / "in.jsonl"), tmp_path / name, processes=1)
+        cfg = DataConfig(sources=(str(tmp_path / name),), row_length=16)
+        documents = [Document(i, f"{i}.txt", text) for i, text in enumerate(texts)]
+        in_memory = tokenize(documents, TOKENIZER, eos=SPECIAL.eos, bos=SPECIAL.bos)
+        return [*load_corpus(cfg, TOKENIZER, SPECIAL).digests().values(), in_memory.digest]
+
+    first, moved, other = digests("a", "gamma"), digests("b", "gamma"), digests("c", "delta")
+    assert first == moved and len({*first, *other}) == 6
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])

@@ -117,8 +117,16 @@ def test_a_run_goes_on_from_the_model_it_began_with(tmp_path):
     parts = {"tokenizer": 1, "architecture": 2, "parameters": 3}
     record_config(tmp_path, cfg)  # as versions did that took no checksums
     for _ in range(2):
-        record_config(tmp_path, cfg, parts)
+        record_config(tmp_path, cfg, parent=parts)
     for part in parts:
-        with pytest.raises(ConfigError, match=rf"checkpoint='parent' now is: its {part} changed"):
-            record_config(tmp_path, cfg, parts | {part: 9})
+        with pytest.raises(ConfigError, match=rf"init\.checkpoint now is: its {part} changed"):
+            record_config(tmp_path, cfg, parent=parts | {part: 9})
     assert read_config(tmp_path)["parent"] == parts
+
+
+@pytest.mark.parametrize("now", [{"books (train)": "b"}, {"other (train)": "a"}])
+def test_a_run_goes_on_with_the_data_it_began_with(tmp_path, now):
+    record_config(tmp_path, CFG, corpus={"books (train)": "a"})
+    with pytest.raises(ConfigError, match=r"another corpus than config\.data now is: its \w+ \(tr"):
+        record_config(tmp_path, CFG, corpus=now)
+    record_config(tmp_path, CFG, corpus={"books (train)": "a"})

@@ -111,6 +111,29 @@ def test_saving_does_not_wait_for_storage_and_the_state_may_be_donated(tmp_path,
     checkpoints.close()
 
 
+def test_storage_slower_than_the_interval_holds_up_the_next_save_and_loses_nothing(
+    tmp_path, monkeypatch
+):
+    checkpoints = TrainCheckpoints(tmp_path, dataclasses.replace(CFG, keep_last=9))
+    commit, begun, release = checkpoints._commit, threading.Semaphore(0), threading.Semaphore(0)
+    monkeypatch.setattr(
+        checkpoints, "_commit", lambda *a: (begun.release(), release.acquire(), commit(*a))
+    )
+    save(checkpoints, 1)
+    second = threading.Thread(target=save, args=[checkpoints, 2])
+    second.start()
+    assert begun.acquire(timeout=60) and not begun.acquire(timeout=0.3)  # 2 waits for 1
+    assert second.is_alive() and checkpoints.steps() == []
+    release.release()
+    assert begun.acquire(timeout=60) and checkpoints.steps() == [1]
+    release.release()
+    second.join()
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2] and restored_step(checkpoints) == 2
+    assert restored_step(checkpoints, before=2) == 1
+    checkpoints.close()
+
+
 def test_another_mesh(tmp_path):
     """Saved from 8 devices, restored on 2 and on 1, and what a single process sees of it."""
     script = """
