@@ -23,7 +23,8 @@ from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
 from llada2_jax.evals.likelihood import tokenizer_of
 from llada2_jax.metrics import read_metrics
-from llada2_jax.train import starting_bundle, train
+from llada2_jax.starting_model import starting_bundle
+from llada2_jax.train import train
 from llada2_jax.train_step import init_state, make_context, make_train_step
 
 

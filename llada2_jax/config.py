@@ -426,14 +426,17 @@ def model_dict(cfg: ModelConfig) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k not in _fields(RuntimeConfig) | {"lora"}}
 
 
-def load_config(path: str | Path, **overrides: Any) -> ml_collections.ConfigDict:
-    """`get_config()` of a config file; how one config builds on another one beside it."""
+def load_config(
+    path: str | Path, argument: str | None = None, **overrides: Any
+) -> ml_collections.ConfigDict:
+    """`get_config(argument)` of a config file, or `get_config()`; how one config builds on another
+    one beside it. The command line writes --config=path:argument."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise ConfigError(f"{path} is not a config file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    config = module.get_config() if argument is None else module.get_config(argument)
     config.update(overrides)
     return config
 

@@ -1,6 +1,7 @@
 """Configs: what is declared is used, and everything else is an error that names it."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -26,7 +27,7 @@ from llada2_jax.model import build
 from llada2_jax.plan import planned_model
 from llada2_jax.quickstart import ReportConfig
 from llada2_jax.schedules import embedding_noise_sigma
-from llada2_jax.train import starting_bundle
+from llada2_jax.starting_model import starting_bundle
 from llada2_jax.train_step import init_state, make_context, make_train_step
 from llada2_jax.types import Batch, ModelConfig
 from tests.helpers import TINY
@@ -34,6 +35,8 @@ from tests.helpers import config as tiny
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+POSTTRAINING = [ROOT / "configs" / f"{stage}.py" for stage in ("sft", "cap", "dpo")]
+LARGE = ("mini", "flash")
 
 
 def make(**fields):
@@ -421,10 +424,10 @@ def test_help_has_examples(capsys):
 def training_configs() -> list:
     """Every training config of configs/: the files, and the stages that a quickstart holds."""
     found = []
-    for path in CONFIGS:
-        config = load_config(path)
+    for path, model in [*((p, None) for p in CONFIGS), *itertools.product(POSTTRAINING, LARGE)]:
+        config = load_config(path, model)
         if "schedule" in config:
-            found.append(pytest.param(config, id=path.stem))
+            found.append(pytest.param(config, id=f"{path.stem}{model or ''}"))
             continue
         parts = {k: v for k, v in config.items() if isinstance(v, ConfigDict) and "schedule" in v}
         found += [pytest.param(part, id=f"{path.stem}.{name}") for name, part in parts.items()]

@@ -17,7 +17,7 @@ from llada2_jax.data.packing import TokenizedDocuments
 from llada2_jax.data.tokenizer import train_tokenizer
 from llada2_jax.engine import Completion, Trajectory
 from llada2_jax.hub import load_bundle
-from llada2_jax.train import starting_bundle
+from llada2_jax.starting_model import starting_bundle
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config as tiny
 from tests.helpers import random_params

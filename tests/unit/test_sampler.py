@@ -10,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada2_jax import sampler
+from llada2_jax.decoding_rules import StopOnEos, Threshold, even_schedule, filter_logits
 from llada2_jax.model import init_params, merge_params
 from llada2_jax.sampler import (
     RequestError,
     SamplerOptions,
-    StopOnEos,
-    Threshold,
     bucket,
     compile_count,
-    even_schedule,
-    filter_logits,
     generate_tokens,
     stream_tokens,
 )
