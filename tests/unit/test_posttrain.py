@@ -89,8 +89,10 @@ def test_points_pool_the_families_that_count():
     ]
     [one] = arm_points(runs[:1], ["a", "b"])
     assert one.score == 0.75 and one.stderr == pytest.approx(0.25)  # over tasks
+    runs[1]["outcomes"][0]["correct"]["a"] = [False, True]
     [two] = arm_points(runs, ["a"])
-    assert (two.score, two.stderr, two.tokens_per_forward) == (1.0, 0.0, 3.0)  # over seeds
+    assert (two.score, two.tokens_per_forward) == (0.75, 3.0)
+    assert two.stderr == pytest.approx(0.25)  # over seeds: of 1 and 0.5, whatever their tasks
 
 
 def test_families_are_judged_after_sft_at_the_strictest_threshold():
