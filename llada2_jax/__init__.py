@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llada2_jax.engine import load
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 __all__ = ["load"]
 
 

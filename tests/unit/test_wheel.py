@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+import llada2_jax
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("llada2_jax", "pallas_kernels")
 
@@ -66,6 +68,7 @@ def test_entry_point(wheel: zipfile.ZipFile) -> None:
 def test_metadata(wheel: zipfile.ZipFile) -> None:
     metadata = email.message_from_string(dist_info(wheel, "METADATA"))
     assert metadata["Name"] == "llada2-jax"
+    assert metadata["Version"] == llada2_jax.__version__  # which `llada2 --version` prints
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in dist_info(wheel, "licenses/LICENSE")
     assert {"tpu", "cuda12", "cuda13", "dev"} <= set(metadata.get_all("Provides-Extra", []))
