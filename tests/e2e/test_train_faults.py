@@ -64,7 +64,13 @@ def at_step(monkeypatch, number: int, action) -> None:
 
 def test_sigterm_saves_at_once_and_asks_to_be_started_again(folder, tmp_path, monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
-    at_step(monkeypatch, 7, lambda sigma: os.kill(os.getpid(), signal.SIGTERM) or sigma)
+
+    def terminate(sigma):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # for the thread that reads it: step 8 would be saved in any case
+        return sigma
+
+    at_step(monkeypatch, 7, terminate)
     with pytest.raises(Preempted) as stop:
         train(config(folder, tmp_path))
     assert stop.value.code == RESTART

