@@ -15,7 +15,7 @@ import itertools
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +214,10 @@ class OptimizerConfig:
     is a step of, as DPO goes on where SFT ended (§5.3).
 
     warmup_fraction, decay_fraction: shares of all steps; the decay is linear to
-    final_fraction · learning_rate. accumulate: micro-batches a step. reset_each_phase: forget the
-    moments when a phase begins. offload: the optimizer's arrays rest in the host's memory between
-    steps. expert_bias_rate: step of the auxiliary-loss-free load balancing
+    final_fraction · learning_rate. clip_norm: the gradient's largest norm (0: any). accumulate:
+    micro-batches a step. reset_each_phase: forget the moments when a phase begins. offload: the
+    optimizer's arrays rest in the host's memory between steps.
+    expert_bias_rate: step of the auxiliary-loss-free load balancing
     (Ling's pretraining: 1e-3; not published for the conversion; 0: the bias stays).
     router_z_loss: weight of Σ logsumexp(router logits)² over positions and layers, divided as the
     loss is (Ling's pretraining: 3.5e-6; not published for the conversion; 0: off).
@@ -294,10 +295,10 @@ class SpikeConfig:
 
     non_finite: the loss or the gradient's norm is not a number. loss, grad_norm: it lies more than
     `deviations` standard deviations above its moving average over about `window` steps of the same
-    phase; judged once a phase is `window` steps old. expert_overflow: devices were chosen for more
-    pairs of tokens and experts than runtime.expert_buffer has room for, and the step did without
-    some; where that is ignored, the metric `expert_overflow` counts them. max_rollbacks: of a whole
-    run."""
+    phase; judged once a phase is `window` steps old; metrics (`spike_loss`, `spike_grad_norm`) also
+    tell of the ignored ones. expert_overflow: devices were chosen for more pairs of tokens and
+    experts than runtime.expert_buffer has room for, and the step did without some; where that is
+    ignored, the metric `expert_overflow` counts them. max_rollbacks: of a whole run."""
 
     non_finite: str = "skip"
     loss: str = "ignore"
@@ -356,7 +357,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run. model: architecture when init.checkpoint is empty; else it must be empty.
+    """One training run. seed: of everything random; below 2**32.
+    model: architecture when init.checkpoint is empty; else it must be empty.
     workdir: where checkpoints, metrics and the config go; a run found there is resumed.
     log_every: steps between looks at the metrics. wandb_project: also log to this Weights & Biases
     project; empty: do not."""
@@ -517,67 +519,241 @@ CHOICES = {
     "runtime.dtype": ("bfloat16", "float32"),
     "runtime.param_dtype": ("bfloat16", "float32"),
 }
-# What an autoregressive run does not read.
-_DIFFUSION_ONLY = (
-    *(f"noise.{field.name}" for field in dataclasses.fields(NoiseConfig)),
-    *(f"embedding_noise.{field.name}" for field in dataclasses.fields(EmbeddingNoiseConfig)),
-    "data.block_anchor",
-    "eval.samples",
-    "eval.rate_buckets",
-    "eval.target_block_size",
+# What a number must be, in words, and the fields that it holds for.
+_BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        "must be positive",
+        lambda x: x > 0,
+        (
+            "data.row_length",
+            "data.rows_per_step",
+            "data.pad_multiple",
+            "noise.edit_weight",
+            "cap.temperature",
+            "optimizer.accumulate",
+            "optimizer.learning_rate",
+            "optimizer.eps",
+            "optimizer.max_consecutive_skips",
+            "dpo.beta",
+            "dpo.samples",
+            "eval.rows",
+            "eval.samples",
+            "checkpoint.keep_last",
+            "checkpoint.preemption_seconds",
+            "distributed.start_seconds",
+            "distributed.heartbeat_seconds",
+            "spikes.deviations",
+            "spikes.window",
+            "log_every",
+        ),
+    ),
+    (
+        "must not be negative",
+        lambda x: x >= 0,
+        (
+            "runtime.expert_buffer",
+            "optimizer.clip_norm",
+            "optimizer.weight_decay",
+            "optimizer.expert_bias_rate",
+            "optimizer.router_z_loss",
+            "schedule.ar_tokens",
+            "schedule.warmup_tokens",
+            "schedule.stable_tokens",
+            "schedule.decay_tokens",
+            "schedule.sft_tokens",
+            "schedule.cap_tokens",
+            "schedule.dpo_tokens",
+            "schedule.total_tokens",
+            "lora.rank",
+            "cap.weight",
+            "eval.every_tokens",
+            "eval.rate_buckets",
+            "eval.target_block_size",
+            "embedding_noise.sigma",
+            "embedding_noise.tokens",
+            "checkpoint.every_tokens",
+            "checkpoint.keep_best",
+            "checkpoint.keep_every_tokens",
+            "checkpoint.retry_seconds",
+            "spikes.max_rollbacks",
+        ),
+    ),
+    (
+        "must be from 0 to 1",
+        lambda x: 0 <= x <= 1,
+        (
+            "data.random_length_fraction",
+            "noise.edit_rate",
+            "noise.t_min",
+            "noise.t_max",
+            "optimizer.warmup_fraction",
+            "optimizer.decay_fraction",
+            "optimizer.final_fraction",
+        ),
+    ),
+    ("must be at least 0 and below 1", lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2")),
+    ("must be from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, ("seed",)),
 )
-_POSITIVE = (
-    "data.row_length",
-    "data.rows_per_step",
-    "data.pad_multiple",
-    "noise.edit_weight",
-    "cap.temperature",
-    "optimizer.accumulate",
-    "optimizer.learning_rate",
-    "optimizer.max_consecutive_skips",
-    "dpo.beta",
-    "dpo.samples",
-    "eval.rows",
-    "eval.samples",
-    "checkpoint.keep_last",
-    "checkpoint.preemption_seconds",
-    "distributed.start_seconds",
-    "distributed.heartbeat_seconds",
-    "spikes.deviations",
-    "spikes.window",
-    "log_every",
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """Fields that nothing reads in some runs, and so stay at their defaults there. where: which
+    runs, in words. holds: whether a run is one. instead: what else may be meant."""
+
+    where: str
+    holds: Callable[[TrainConfig], Any]
+    fields: tuple[str, ...]
+    instead: str = ""
+
+
+def _all(group: str) -> tuple[str, ...]:
+    return tuple(f"{group}.{field.name}" for field in dataclasses.fields(_get(TrainConfig, group)))
+
+
+def _get(cfg: TrainConfig | type[TrainConfig], path: str) -> Any:
+    value = cfg
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+# The first that applies is reported: what a single field decides comes before the kind of the run.
+_UNREAD = (
+    _Unread(
+        "where config.model is set",
+        lambda cfg: cfg.model,
+        ("init.architecture", "init.mask_embedding", "init.mask_id"),
+        "or set config.init.checkpoint in place of config.model",
+    ),
+    _Unread(
+        "where config.init.checkpoint is set, which has its own",
+        lambda cfg: cfg.init.checkpoint,
+        ("data.tokenizer",),
+    ),
+    _Unread(
+        "where config.data.sources is set",
+        lambda cfg: cfg.data.sources,
+        ("data.source",),
+        "prepare it (llada2 data prepare), and add the folder to sources",
+    ),
+    _Unread(
+        "where config.data.sources has less than two folders",
+        lambda cfg: len(cfg.data.sources) < 2,
+        ("data.weights",),
+    ),
+    _Unread(
+        "where config.data.sources is empty: its chats have turns",
+        lambda cfg: not cfg.data.sources,
+        ("noise.later_turns",),
+    ),
+    _Unread(
+        "where config.data.packing='concat'",
+        lambda cfg: cfg.data.packing == "concat",
+        ("data.pad_multiple", "data.long_documents"),
+        "or set packing='best_fit'",
+    ),
+    _Unread(
+        "where config.data.packing='best_fit'",
+        lambda cfg: cfg.data.packing == "best_fit",
+        ("data.document_mask", "data.random_length_fraction"),
+        "or set packing='concat'",
+    ),
+    _Unread(
+        "where config.schedule.sft_tokens, cap_tokens and dpo_tokens are 0",
+        lambda cfg: not _posttrains(cfg.schedule),
+        ("schedule.posttrain_block",),
+    ),
+    _Unread(
+        "where config.schedule.cap_tokens is 0",
+        lambda cfg: not cfg.schedule.cap_tokens,
+        _all("cap"),
+    ),
+    _Unread(
+        "where config.schedule.dpo_tokens is 0",
+        lambda cfg: not cfg.schedule.dpo_tokens,
+        (*_all("dpo"), *_all("reference")),
+    ),
+    _Unread(
+        "where config.reference.cache is set: then the reference does not stay at all",
+        lambda cfg: cfg.reference.cache,
+        ("reference.memory",),
+    ),
+    _Unread(
+        "where config.reference.checkpoint is empty",
+        lambda cfg: not cfg.reference.checkpoint,
+        ("reference.mask_id",),
+    ),
+    _Unread("where config.lora.rank is 0", lambda cfg: not cfg.lora.rank, _all("lora")),
+    _Unread(
+        "where config.noise.draw='count', which covers (0, 1]",
+        lambda cfg: cfg.noise.draw == "count",
+        ("noise.t_min", "noise.t_max"),
+        "or set draw='bernoulli'",
+    ),
+    _Unread(
+        "where config.noise.edit_rate is 0",
+        lambda cfg: not cfg.noise.edit_rate,
+        ("noise.edit_weight",),
+    ),
+    _Unread(
+        "where config.optimizer.learning_rate_from_start is set",
+        lambda cfg: cfg.optimizer.learning_rate_from_start,
+        ("optimizer.learning_rate",),
+    ),
+    _Unread(
+        "where config.runtime.param_dtype='float32'",
+        lambda cfg: cfg.runtime.param_dtype == "float32",
+        ("optimizer.rounding",),
+        "or set param_dtype='bfloat16'",
+    ),
+    _Unread(
+        "in a run of one phase",
+        lambda cfg: len(cfg.phases) == 1,
+        ("optimizer.reset_each_phase",),
+    ),
+    _Unread(
+        "where no policy of config.spikes is 'rollback'",
+        lambda cfg: "rollback" not in dataclasses.astuple(cfg.spikes),
+        ("spikes.max_rollbacks",),
+    ),
+    _Unread(
+        "where config.distributed.enabled=False",
+        lambda cfg: not cfg.distributed.enabled,
+        ("distributed.start_seconds", "distributed.heartbeat_seconds"),
+    ),
+    _Unread(
+        "where config.schedule.dpo_tokens is set: it adds no noise, and is validated on pairs",
+        lambda cfg: cfg.schedule.dpo_tokens,
+        (*_all("embedding_noise"), "eval.rate_buckets", "eval.target_block_size"),
+    ),
+    _Unread(
+        "in an autoregressive run",
+        lambda cfg: all(phase.objective == "ar" for phase in cfg.phases),
+        (
+            *_all("noise"),
+            *_all("embedding_noise"),
+            "data.block_anchor",
+            "eval.samples",
+            "eval.rate_buckets",
+            "eval.target_block_size",
+        ),
+        "or set config.schedule.warmup_blocks, stable_tokens or decay_blocks",
+    ),
 )
-_FRACTIONS = (
-    "data.random_length_fraction",
-    "noise.edit_rate",
-    "optimizer.warmup_fraction",
-    "optimizer.decay_fraction",
-    "optimizer.final_fraction",
-)
-_NOT_NEGATIVE = (
-    "runtime.expert_buffer",
-    "optimizer.router_z_loss",
-    "schedule.ar_tokens",
-    "schedule.warmup_tokens",
-    "schedule.stable_tokens",
-    "schedule.decay_tokens",
-    "schedule.sft_tokens",
-    "schedule.cap_tokens",
-    "schedule.dpo_tokens",
-    "lora.rank",
-    "schedule.total_tokens",
-    "cap.weight",
-    "eval.every_tokens",
-    "eval.rate_buckets",
-    "eval.target_block_size",
-    "embedding_noise.sigma",
-    "embedding_noise.tokens",
-    "checkpoint.every_tokens",
-    "checkpoint.keep_best",
-    "checkpoint.keep_every_tokens",
-    "checkpoint.retry_seconds",
-    "spikes.max_rollbacks",
-)
+_OFF = {"eval.rate_buckets": 0}  # may be said where it is off anyway
+
+
+def check_unread(cfg: TrainConfig, fields: Iterable[str], where: str, instead: str = "") -> None:
+    """Raises: ConfigError for the first of `fields` ("group.name") that is not at its default, as
+    nothing reads it `where`."""
+    for path in fields:
+        value, default = _get(cfg, path), _get(TrainConfig, path)
+        _require(
+            value in (default, _OFF.get(path, default)),
+            f"config.{path}={value!r} is not read {where}: leave it at {default!r}"
+            + (f", {instead}" if instead else ""),
+        )
 
 
 _FILES = (
@@ -590,13 +766,6 @@ _FILES = (
 )
 
 
-def _get(cfg: TrainConfig, path: str) -> Any:
-    value = cfg
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -606,15 +775,10 @@ def _check(cfg: TrainConfig) -> None:
     for path, choices in CHOICES.items():
         value = _get(cfg, path)
         _require(value in choices, f"config.{path}={value!r}: choose one of {choices}")
-    for path in _POSITIVE:
-        value = _get(cfg, path)
-        _require(value > 0, f"config.{path}={value!r} must be positive")
-    for path in _NOT_NEGATIVE:
-        value = _get(cfg, path)
-        _require(value >= 0, f"config.{path}={value!r} must not be negative")
-    for path in _FRACTIONS:
-        value = _get(cfg, path)
-        _require(0 <= value <= 1, f"config.{path}={value!r} must be from 0 to 1")
+    for rule, good, fields in _BOUNDS:
+        for path in fields:
+            value = _get(cfg, path)
+            _require(good(value), f"config.{path}={value!r} {rule}")
     files = [(path, _get(cfg, path)) for path in _FILES]
     for path, value in [*files, *(("data.sources", folder) for folder in cfg.data.sources)]:
         _require(
@@ -628,13 +792,17 @@ def _check(cfg: TrainConfig) -> None:
         bool(cfg.init.checkpoint) != bool(cfg.model),
         "set exactly one of config.init.checkpoint (start from it) and config.model (from scratch)",
     )
-    _check_init(cfg)
+    _require(
+        not cfg.optimizer.learning_rate_from_start or bool(cfg.init.checkpoint),
+        "config.optimizer.learning_rate_from_start: config.init.checkpoint is empty",
+    )
     _check_dpo(cfg)
     _check_lora(cfg)
+    warmup, decay = cfg.optimizer.warmup_fraction, cfg.optimizer.decay_fraction
     _require(
-        cfg.runtime.param_dtype == "bfloat16" or cfg.optimizer.rounding == OptimizerConfig.rounding,
-        f"config.optimizer.rounding={cfg.optimizer.rounding!r} is not read where "
-        "config.runtime.param_dtype='float32': it belongs to 'bfloat16'",
+        warmup + decay <= 1,
+        f"config.optimizer: warmup_fraction={warmup} and decay_fraction={decay} are more than the "
+        "whole run: the learning rate would not come down to final_fraction",
     )
     _require(
         cfg.data.rows_per_step % cfg.optimizer.accumulate == 0,
@@ -643,7 +811,7 @@ def _check(cfg: TrainConfig) -> None:
     )
     _check_data(cfg)
     _check_mesh(cfg.mesh)
-    _check_noise(cfg)
+    _check_noise(cfg.noise)
     noise, row, target = cfg.embedding_noise, cfg.data.row_length, cfg.eval.target_block_size
     _require(
         (noise.sigma > 0) == (noise.tokens > 0),
@@ -655,7 +823,9 @@ def _check(cfg: TrainConfig) -> None:
         f"config.eval.target_block_size={target} must divide config.data.row_length={row}",
     )
     _check_blocks(cfg.schedule, row)
-    _check_objectives(cfg)
+    for unread in _UNREAD:
+        if unread.holds(cfg):
+            check_unread(cfg, unread.fields, unread.where, unread.instead)
 
 
 def _check_blocks(schedule: ScheduleConfig, row: int) -> None:
@@ -672,25 +842,18 @@ def _check_blocks(schedule: ScheduleConfig, row: int) -> None:
         _require(not blocks or tokens, f"{where}_blocks={blocks}, but {where}_tokens is 0")
         for block in blocks:
             divides(f"{stage}_blocks", block)
-    if schedule.sft_tokens or schedule.cap_tokens or schedule.dpo_tokens:
+    if _posttrains(schedule):
         divides("posttrain_block", schedule.posttrain_block)
-        return
-    _require(
-        schedule.posttrain_block == ScheduleConfig.posttrain_block,
-        f"config.schedule.posttrain_block={schedule.posttrain_block} belongs to post-training, but "
-        "sft_tokens, cap_tokens and dpo_tokens are 0",
-    )
 
 
-def _check_noise(cfg: TrainConfig) -> None:
-    noise, default = cfg.noise, NoiseConfig()
+def _posttrains(schedule: ScheduleConfig) -> int:
+    return schedule.sft_tokens or schedule.cap_tokens or schedule.dpo_tokens
+
+
+def _check_noise(noise: NoiseConfig) -> None:
     _require(
-        0 <= noise.t_min < noise.t_max <= 1,
-        f"config.noise: need 0 <= t_min < t_max <= 1, got {noise.t_min}, {noise.t_max}",
-    )
-    _require(
-        noise.draw == "bernoulli" or (noise.t_min, noise.t_max) == (default.t_min, default.t_max),
-        "config.noise.t_min and t_max belong to draw='bernoulli'; the count draw covers (0, 1]",
+        noise.t_min < noise.t_max,
+        f"config.noise: need t_min < t_max, got {noise.t_min}, {noise.t_max}",
     )
     _require(
         not (noise.complementary and noise.draw == "bernoulli" and noise.weight == "elbo")
@@ -698,61 +861,10 @@ def _check_noise(cfg: TrainConfig) -> None:
         f"config.noise.t_max={noise.t_max}: the inverse of a complementary pair has rate 1 - t and "
         "weight 1/(1 - t), without bound here; lower it, or choose draw='count'",
     )
-    _require(
-        noise.edit_rate > 0 or noise.edit_weight == default.edit_weight,
-        f"config.noise.edit_weight={noise.edit_weight} is not read where edit_rate is 0",
-    )
-    _require(
-        cfg.cap == CapConfig() or bool(cfg.schedule.cap_tokens),
-        f"config.cap={cfg.cap} is not read where config.schedule.cap_tokens is 0",
-    )
-
-
-def _check_objectives(cfg: TrainConfig) -> None:
-    if any(phase.objective != "ar" for phase in cfg.phases):
-        return
-    for path in _DIFFUSION_ONLY:
-        value, default = _get(cfg, path), _get(TrainConfig(), path)
-        off = path == "eval.rate_buckets" and value == 0
-        _require(
-            value == default or off,
-            f"config.{path}={value!r} is not read in an autoregressive run: leave it at "
-            f"{default!r}, or set config.schedule.warmup_blocks, stable_tokens or decay_blocks",
-        )
-
-
-def _check_init(cfg: TrainConfig) -> None:
-    """What one way to start reads, the other does not."""
-    _require(
-        not (cfg.init.checkpoint and cfg.data.tokenizer),
-        f"config.data.tokenizer={cfg.data.tokenizer!r} is not read where config.init.checkpoint "
-        "is set: the checkpoint has its own",
-    )
-    for name in ("architecture", "mask_embedding", "mask_id"):
-        value = getattr(cfg.init, name)
-        _require(
-            not cfg.model or value == getattr(InitConfig, name),
-            f"config.init.{name}={value!r} is not read where config.model is set: it belongs to "
-            "config.init.checkpoint",
-        )
-
-    start = cfg.optimizer.learning_rate_from_start
-    _require(
-        not start or bool(cfg.init.checkpoint),
-        "config.optimizer.learning_rate_from_start: config.init.checkpoint is empty",
-    )
-    _require(
-        not start or cfg.optimizer.learning_rate == OptimizerConfig.learning_rate,
-        f"config.optimizer.learning_rate={cfg.optimizer.learning_rate} is not read where "
-        "learning_rate_from_start is set",
-    )
 
 
 def _check_dpo(cfg: TrainConfig) -> None:
-    if all(phase.objective != "dpo" for phase in cfg.phases):
-        for name in ("dpo", "reference"):
-            unread = getattr(cfg, name) != getattr(TrainConfig, name)
-            _require(not unread, f"config.{name} is not read where schedule.dpo_tokens is 0")
+    if not cfg.schedule.dpo_tokens:
         return
     _require(
         len(cfg.phases) == 1,
@@ -775,39 +887,23 @@ def _check_dpo(cfg: TrainConfig) -> None:
         "config.noise: dpo compares bounds on likelihoods (eq. 7): weight='elbo', all rates "
         f"(t_min={whole.t_min}, t_max={whole.t_max}) and edit_rate=0",
     )
-    _require(
-        not cfg.embedding_noise.sigma,
-        f"config.embedding_noise.sigma={cfg.embedding_noise.sigma}: dpo takes none",
-    )
     for name in ("dpo.samples", "eval.samples"):
         samples = _get(cfg, name)
         _require(
             samples % 2 == 0 or not cfg.dpo.antithetic,
             f"config.{name}={samples} must be even: config.dpo.antithetic takes draws in twos",
         )
-    target = cfg.eval.target_block_size
-    _require(not target, f"config.eval.target_block_size={target}: dpo is validated on pairs")
-    reference, mask = cfg.reference, cfg.reference.mask_id
-    _require(
-        not (reference.cache and reference.memory != ReferenceConfig.memory),
-        f"config.reference.memory={reference.memory!r} is not read where config.reference.cache is "
-        "set: then the reference does not stay at all",
-    )
+    reference = cfg.reference
     _require(
         not (cfg.lora.rank and reference.memory == "host" and not reference.checkpoint),
         "config.reference.memory='host': the reference is the model under the adapters "
         "(config.lora.rank), which stays on the device",
-    )
-    _require(
-        mask < 0 or bool(cfg.reference.checkpoint),
-        f"config.reference.mask_id={mask} is not read where config.reference.checkpoint is empty",
     )
 
 
 def _check_lora(cfg: TrainConfig) -> None:
     lora = cfg.lora
     if not lora.rank:
-        _require(lora == LoRAConfig(), "config.lora is not read where config.lora.rank is 0")
         return
     _require(lora.alpha > 0, f"config.lora.alpha={lora.alpha} must be positive")
     _require(
@@ -834,31 +930,14 @@ def _check_mesh(mesh: MeshConfig) -> None:
 
 
 def _check_data(cfg: TrainConfig) -> None:
-    data, default = cfg.data, DataConfig()
-    _require(
-        not data.sources or data.source == default.source,
-        f"config.data.source={data.source!r} is not read where config.data.sources is set: "
-        "prepare it, and add the folder to sources",
-    )
+    data = cfg.data
     _require(
         len(data.weights) in (0, len(data.sources)) and all(w > 0 for w in data.weights),
         f"config.data.weights={data.weights}: one positive number for each of "
         f"config.data.sources={data.sources}, or ()",
     )
     if data.packing == "concat":
-        _require(
-            data.pad_multiple == default.pad_multiple
-            and data.long_documents == default.long_documents,
-            "config.data.pad_multiple and config.data.long_documents belong to "
-            "config.data.packing='best_fit'",
-        )
         return
-    _require(
-        data.document_mask == default.document_mask
-        and data.random_length_fraction == default.random_length_fraction,
-        "config.data.document_mask and config.data.random_length_fraction belong to "
-        "config.data.packing='concat'",
-    )
     for block in {p.block_size for p in cfg.phases if p.objective not in ("ar", "mdlm")}:
         _require(
             data.pad_multiple % block == 0 and data.row_length % data.pad_multiple == 0,

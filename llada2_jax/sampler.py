@@ -26,7 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llada2_jax.decoding_rules import Editing, StopOnEos, Threshold, even_schedule, filter_logits
+from llada2_jax.decoding_rules import (
+    THRESHOLD,
+    Editing,
+    StopOnEos,
+    Threshold,
+    even_schedule,
+    filter_logits,
+)
 from llada2_jax.errors import UserError
 from llada2_jax.model import Transformer, merge_params
 from llada2_jax.model.attention import KVCache
@@ -68,7 +75,7 @@ class SamplerOptions:
 
     max_new_tokens: int = 256
     block_size: int = 32
-    threshold: float = 0.95
+    threshold: float = THRESHOLD
     steps: int | None = None
     temperature: float = 0.0
     top_k: int = 0

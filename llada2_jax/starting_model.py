@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import ConfigError, TrainConfig, model_dict
+from llada2_jax.config import ConfigError, TrainConfig, check_unread, model_dict
+from llada2_jax.decoding_rules import THRESHOLD
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.config import config_to_hf, special_tokens
 from llada2_jax.hub.huggingface import read_tokenizer_files
@@ -20,6 +21,10 @@ from llada2_jax.mask_embedding import mask_row
 from llada2_jax.model import build, init_params
 from llada2_jax.sharding import check_cut, check_mesh, placements
 from llada2_jax.types import ModelConfig
+
+# What only an exchange of tokens between the devices of mesh axis `expert` reads. Not known before
+# the mesh is: its axis may be what the others leave, and `llada2 plan` chooses one.
+_EXCHANGE = ("runtime.expert_buffer", "runtime.expert_exchange", "spikes.expert_overflow")
 
 
 def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
@@ -85,6 +90,9 @@ def _check_model(cfg: TrainConfig, model: ModelConfig, mesh: Mesh | None) -> Non
             f"config.data.row_length={row} is beyond the model's max_position_embeddings={limit}"
         )
     if mesh is not None:
+        if mesh.shape["expert"] == 1:
+            where = "where config.mesh.expert is 1: every device has all experts"
+            check_unread(cfg, _EXCHANGE, where)
         check_mesh(cfg, model, mesh)
         check_cut(placements(build(model)[1], mesh), mesh)
 
@@ -97,7 +105,7 @@ def _describe(bundle: ModelBundle, cfg: TrainConfig) -> ModelBundle:
     hf_config = config_to_hf(
         bundle.config, bundle.special, model_type="llada2_moe", base=bundle.hf_config
     )
-    decode = {"block_size": last.block_size, "threshold": 0.95}
+    decode = {"block_size": last.block_size, "threshold": THRESHOLD}
     decode["add_bos"] = bundle.special.bos is not None
     generation = bundle.generation | decode
     return dataclasses.replace(bundle, hf_config=hf_config, generation=generation)
