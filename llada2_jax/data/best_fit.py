@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llada2_jax.data.epochs import EpochPlans
 from llada2_jax.data.packing import Documents
 
 
@@ -85,6 +86,9 @@ class BestFitRows:
     shuffle: bool = True
     weighted: bool = False
     reference: np.ndarray | None = None
+    _epochs: EpochPlans[tuple[np.ndarray, np.ndarray]] = dataclasses.field(
+        default_factory=EpochPlans, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self):
         if self.row_length % self.multiple:
@@ -172,7 +176,6 @@ class BestFitRows:
         places = np.argsort(row, kind="stable")
         return places, np.searchsorted(row[places], np.arange(rows + 1)), rows
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - as long-lived as the documents themselves
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The piece at each place, and the order of the rows, in an epoch."""
         order, rows = np.arange(len(self.pieces.size)), np.arange(self.epoch_rows)
@@ -203,7 +206,7 @@ class BestFitRows:
 
     def _pieces_of(self, index: int) -> np.ndarray:
         epoch, number = divmod(int(index), self.epoch_rows)
-        dealt, order = self._epoch(epoch if self.shuffle else 0)
+        dealt, order = self._epochs.get(epoch if self.shuffle else 0, self._epoch)
         places, starts, _ = self._layout
         row = int(order[number])
         return dealt[places[starts[row] : starts[row + 1]]]
@@ -245,6 +248,3 @@ class BestFitRows:
                 fields["reference"][at] = self.reference[document, which]
             at += size
         return at
-
-    def __hash__(self) -> int:
-        return id(self)

@@ -7,11 +7,12 @@ whatever the number of processes.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Protocol
 
 import numpy as np
+
+from llada2_jax.data.epochs import EpochPlans
 
 
 class Rows(Protocol):
@@ -35,6 +36,9 @@ class ShuffledRows:
 
     rows: Rows
     seed: int
+    _orders: EpochPlans[np.ndarray] = dataclasses.field(
+        default_factory=EpochPlans, init=False, repr=False, compare=False
+    )
 
     @property
     def epoch_rows(self) -> int:
@@ -46,14 +50,10 @@ class ShuffledRows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         window, place = divmod(int(index), self.epoch_rows)
         start = window * self.epoch_rows
-        return self.rows[start + int(self._order(window)[place])]
+        return self.rows[start + int(self._orders.get(window, self._order)[place])]
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - as long-lived as the source itself
     def _order(self, window: int) -> np.ndarray:
         return np.random.default_rng((self.seed, 2, window)).permutation(self.epoch_rows)
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 @dataclasses.dataclass(frozen=True)

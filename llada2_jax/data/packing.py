@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from llada2_jax import progress
 from llada2_jax.data.documents import Document
+from llada2_jax.data.epochs import EpochPlans
 
 
 class Documents(Protocol):
@@ -124,6 +125,9 @@ class PackedRows:
     document_mask: bool = True
     random_length_fraction: float = 0.0
     weighted: bool = False
+    _epochs: EpochPlans[tuple[np.ndarray, np.ndarray]] = dataclasses.field(
+        default_factory=EpochPlans, init=False, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return self.num_rows
@@ -180,7 +184,7 @@ class PackedRows:
         end = start + self.row_length
         while start < end:
             epoch, offset = divmod(start, self.epoch_tokens)
-            order, ends = self._epoch(epoch if self.shuffle else 0)
+            order, ends = self._epochs.get(epoch if self.shuffle else 0, self._epoch)
             slot = int(np.searchsorted(ends, offset, side="right"))
             document = int(order[slot])
             size = int(self._lengths[document])
@@ -196,7 +200,6 @@ class PackedRows:
             }
             start += take
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - as long-lived as the source itself
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the documents in an epoch, and where each ends in it."""
         count = len(self.documents.ids)
@@ -204,6 +207,3 @@ class PackedRows:
         if self.shuffle:
             order = np.random.default_rng((self.seed, 0, epoch)).permutation(count)
         return order, np.cumsum(self._lengths[order])
-
-    def __hash__(self) -> int:
-        return id(self)

@@ -1,6 +1,7 @@
 """Best fit and mixing: every document once an epoch, aligned, and rows that depend on their number
 alone."""
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -279,6 +280,25 @@ def test_a_corpus_mixes_by_weight_and_by_size_without_weights():
     empty = Fake([], [])
     with pytest.raises(ValueError, match="data source none has no documents"):
         _corpus(Source("none", empty, empty)).training_rows(cfg, 1, 0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_each_source_plans_an_epoch_once(packing, count, monkeypatch):
+    """Whatever the number of sources and of threads that read."""
+    draw, drawn = np.random.default_rng, collections.Counter()
+
+    def counting(seed):
+        drawn[seed] += 1
+        return draw(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", counting)
+    documents = Fake([30] * 50, [0] * 50)
+    corpus = _corpus(*(Source(str(i), documents, documents, 1.0) for i in range(count)))
+    cfg = DataConfig(row_length=ROW, packing=packing, pad_multiple=MULTIPLE)
+    rows = corpus.training_rows(cfg, 200 * count, 0)
+    assert len(list(batches(rows, rows_per_step=count, first_step=0, prefetch=4))) == 200
+    assert len(drawn) >= 4 and set(drawn.values()) == {count}
 
 
 def test_batches_carry_weights_and_preferences_where_there_are_some():
