@@ -19,15 +19,12 @@ training checkpoint an item `checksums` (see checksums.py), which every complete
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,18 +36,22 @@ from flax import nnx
 
 from llada2_jax import checksums
 from llada2_jax.config import model_dict
-from llada2_jax.errors import UserError
+from llada2_jax.folders import (
+    CHECKSUMS,
+    MODEL,
+    PARAMS,
+    TOKENIZER,
+    TRAIN,
+    CheckpointError,
+    read_json,
+    replacing,
+    require_checkpoint,
+)
 from llada2_jax.types import LoRAConfig, ModelConfig, Params, RopeScaling, SpecialTokens
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 << 20  # small enough to stream, large enough that mini is hundreds of files
 CACHE_BYTES = 256 << 20  # decoded chunks kept while slices of them are read in order
-PARAMS, OPTIMIZER = "params", "optimizer"
-MODEL, TOKENIZER, TRAIN, CHECKSUMS = "model", "tokenizer", "train", "checksums"
-
-
-class CheckpointError(UserError, ValueError):
-    """A checkpoint that cannot be read or written; the message names the part and the way out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +298,7 @@ class ParamReader:
 
     def __init__(self, folder: Path, cache_bytes: int | None = None):
         self.folder = Path(folder).absolute()
-        metadata = _read_json(self.folder / "_METADATA")
+        metadata = read_json(self.folder / "_METADATA")
         try:
             self._arrays = self._open(metadata, cache_bytes)
             self.specs = {
@@ -445,51 +446,12 @@ def _wait(future: Any, folder: Path, path: str) -> Any:
 # ---- whole checkpoints ---------------------------------------------------------------------------
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether the directory is a model checkpoint of ours (a training step's folder is one)."""
-    return (Path(path) / MODEL / "metadata").is_file()
-
-
-def step_folders(path: Path) -> dict[int, Path]:
-    """{step: folder} of a run's checkpoints, in order; `path` is the run or its `checkpoints`."""
-    for folder in (Path(path) / "checkpoints", Path(path)):
-        steps = {int(p.name): p for p in _subfolders(folder) if p.name.isdigit()}
-        steps = {step: p for step, p in sorted(steps.items()) if is_checkpoint(p)}
-        if steps:
-            return steps
-    return {}
-
-
-def _subfolders(path: Path) -> list[Path]:
-    return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
-
-
-def require_checkpoint(path: Path) -> Path:
-    """`path`, if it is a model checkpoint. Raises CheckpointError that says what it is instead."""
-    path = Path(path)
-    if is_checkpoint(path):
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
-    steps = step_folders(path)
-    if steps:
-        raise CheckpointError(
-            f"{path} is a run, not a checkpoint: name one of its steps, "
-            f"{next(iter(steps.values())).parent}/{{{','.join(map(str, steps))}}}, "
-            "or average the best with `llada2 merge`"
-        )
-    raise CheckpointError(
-        f"{path} is no model checkpoint: it has neither {MODEL}/metadata (ours) "
-        "nor config.json (Hugging Face)"
-    )
-
-
 def load_bundle(path: str | os.PathLike[str]) -> ModelBundle:
     """All of a checkpoint of ours but its parameters."""
     path = require_checkpoint(Path(path))
     tokenizer = path / TOKENIZER / "metadata"
-    files = _read_json(tokenizer) if tokenizer.is_file() else {}
-    return ModelBundle.from_items(_read_json(path / MODEL / "metadata"), files)
+    files = read_json(tokenizer) if tokenizer.is_file() else {}
+    return ModelBundle.from_items(read_json(path / MODEL / "metadata"), files)
 
 
 def read_train_item(path: Path) -> dict[str, Any]:
@@ -499,7 +461,7 @@ def read_train_item(path: Path) -> dict[str, Any]:
 
 def read_item(path: Path, name: str) -> dict[str, Any]:
     """A JSON item of a checkpoint. Raises CheckpointError where it is absent or no JSON object."""
-    return _read_json(Path(path) / name / "metadata")
+    return read_json(Path(path) / name / "metadata")
 
 
 def read_checksums(path: Path) -> dict[str, int]:
@@ -513,18 +475,6 @@ def read_checksums(path: Path) -> dict[str, int]:
         return checksums.unseal(read_item(path, CHECKSUMS))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
 
 
 def write_items(folder: Path, bundle: ModelBundle) -> None:
@@ -551,43 +501,3 @@ def save_model(
             writer.write(name, (), np.asarray(leaf))
         writer.finish()
         write_items(folder, bundle)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A new directory beside `path` that takes its place at the end, or vanishes on an error.
-
-    Raises: CheckpointError where `path` exists, unless `overwrite` and it is a model: a run, a
-    training step or somebody's folder is never replaced.
-    """
-    path = Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists: choose another path, remove it, or pass overwrite")
-    if path.exists() and not _is_only_a_model(path):
-        raise CheckpointError(f"{path} is not a model, or more than one: remove it yourself")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    work.mkdir()
-    try:
-        yield work
-        _take_place(work, path)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _is_only_a_model(path: Path) -> bool:
-    if not path.is_dir() or (path / TRAIN).exists() or step_folders(path):
-        return False
-    return is_checkpoint(path) or (path / "config.json").is_file() or not any(path.iterdir())
-
-
-def _take_place(work: Path, path: Path) -> None:
-    """Renames `work` to `path`; what was there goes aside first and is removed last."""
-    if not path.exists():
-        os.rename(work, path)
-        return
-    old = work.with_suffix(".old")
-    os.rename(path, old)
-    os.rename(work, path)
-    shutil.rmtree(old)

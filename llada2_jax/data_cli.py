@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llada2_jax import progress
-from llada2_jax.checkpoint import CheckpointError, is_checkpoint
+from llada2_jax.checkpoint import CheckpointError
 from llada2_jax.config import CHOICES, DataConfig
 from llada2_jax.data import inspect as packed
 from llada2_jax.data.bench import measure
@@ -23,9 +23,10 @@ from llada2_jax.data.prepare import Job, prepare, remove
 from llada2_jax.data.prepared import prepared_tokenizer, read_manifest
 from llada2_jax.data.sources import FORMATS, SourceSpec, Unit
 from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
+from llada2_jax.folders import is_checkpoint, is_hf_folder, is_run
 from llada2_jax.hub import load_bundle
 from llada2_jax.hub.config import special_tokens
-from llada2_jax.hub.huggingface import is_hf_folder, read_tokenizer_files
+from llada2_jax.hub.huggingface import read_tokenizer_files
 from llada2_jax.inputs import positive
 from llada2_jax.types import SpecialTokens
 
@@ -177,7 +178,7 @@ def load_tokenizer(
     Raises: CheckpointError.
     """
     path = Path(folder)
-    if is_checkpoint(path) or is_hf_folder(path):
+    if is_checkpoint(path) or is_hf_folder(path) or is_run(path):
         bundle = load_bundle(path, mask_id=mask_id, eos_id=eos_id, pad_id=pad_id)
         files, special = bundle.tokenizer_files, bundle.special
     else:

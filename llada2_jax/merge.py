@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llada2_jax import checkpoint, progress
+from llada2_jax import checkpoint, folders, progress
 from llada2_jax.checkpoint import CheckpointError, ModelBundle, ParamReader, ParamWriter
 from llada2_jax.checksums import box_checksum
 from llada2_jax.errors import EXIT_STATUS, UsageError
@@ -115,8 +115,8 @@ def expand(paths: Sequence[Path]) -> list[Path]:
     and for a checkpoint that is named twice."""
     found: list[Path] = []
     for path in map(Path, paths):
-        steps = {} if checkpoint.is_checkpoint(path) else checkpoint.step_folders(path)
-        found += steps.values() or [checkpoint.require_checkpoint(path)]
+        steps = {} if folders.is_checkpoint(path) else folders.step_folders(path)
+        found += steps.values() or [folders.require_checkpoint(path)]
     real = [path.resolve() for path in found]
     twice = sorted({str(path) for path in found if real.count(path.resolve()) > 1})
     if twice:
@@ -198,7 +198,7 @@ def merge_checkpoints(
     Raises: CheckpointError for checkpoints of different models, damaged ones, parameters that are
       not finite, and weights that are not one number >= 0 a checkpoint.
     """
-    paths = [checkpoint.require_checkpoint(Path(path)) for path in paths]
+    paths = [folders.require_checkpoint(Path(path)) for path in paths]
     if not paths:
         raise CheckpointError("merge: no checkpoints")
     weights = [1.0] * len(paths) if weights is None else list(weights)
@@ -215,14 +215,14 @@ def merge_checkpoints(
         for path, weight, bundle in zip(paths, weights, bundles, strict=True)
     ]
     provenance = {"merged": sources, **(provenance or {})}
-    with checkpoint.replacing(out, overwrite=overwrite) as folder:
-        _write_average(readers, weights, folder / checkpoint.PARAMS)
+    with folders.replacing(out, overwrite=overwrite) as folder:
+        _write_average(readers, weights, folder / folders.PARAMS)
         checkpoint.write_items(folder, dataclasses.replace(bundles[0], provenance=provenance))
 
 
 def _reader(path: Path, bundle: ModelBundle, cache: int) -> Reader:
     if bundle.config.lora is None:
-        return ParamReader(path / checkpoint.PARAMS, cache)
+        return ParamReader(path / folders.PARAMS, cache)
     source = open_source(path, bundle)
     assert isinstance(source, AdaptedSource)
     return source
@@ -360,7 +360,7 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     args = parser().parse_args(argv)
     chooses = args.top_k is not None or args.last is not None
-    named = not chooses and all(map(checkpoint.is_checkpoint, args.paths))
+    named = not chooses and all(map(folders.is_checkpoint, args.paths))
     _check(args, named=named)
     _run(args, named=named)
     return 0

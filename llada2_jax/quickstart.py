@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from llada2_jax import progress, quickstart_report
 from llada2_jax.assets import TINY_AR
-from llada2_jax.checkpoint import ModelBundle, is_checkpoint
+from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import TrainConfig, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.documents import Document, documents
@@ -26,6 +26,7 @@ from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.engine import Completion, Engine
 from llada2_jax.errors import EXIT_STATUS, UsageError
 from llada2_jax.evals.likelihood import left_to_right_nll, tokenizer_of, validation_contexts
+from llada2_jax.folders import is_checkpoint
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.streaming import Options, convert
 from llada2_jax.merge import merge_checkpoints, select_best

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from llada2_jax import checkpoint
+from llada2_jax import checkpoint, folders
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
 from llada2_jax.checksums import json_checksum, seal, tree_checksums
 from llada2_jax.config import CheckpointConfig
@@ -36,7 +36,7 @@ from llada2_jax.types import Params
 
 PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
 DELETED = ".deleted"  # ends the name of what is being removed
-JSON_ITEMS = (checkpoint.MODEL, checkpoint.TOKENIZER, checkpoint.TRAIN)
+JSON_ITEMS = (folders.MODEL, folders.TOKENIZER, folders.TRAIN)
 
 _log = logging.getLogger(__name__)
 
@@ -277,19 +277,19 @@ class TrainCheckpoints:
         items = {name: checkpoint.read_item(path, name) for name in JSON_ITEMS}
         _compare(wanted, {name: json_checksum(item) for name, item in items.items()})
         pure, leaves = nnx.to_pure_dict(params), _leaves(optimizer)
-        trees = {checkpoint.PARAMS: pure, checkpoint.OPTIMIZER: leaves}
+        trees = {folders.PARAMS: pure, folders.OPTIMIZER: leaves}
         arguments = {
             name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
             for name, tree in trees.items()
         }
         restored = self._checkpointer.restore(path, args=ocp.args.Composite(**arguments))
-        arrays = _array_leaves(restored[checkpoint.PARAMS], restored[checkpoint.OPTIMIZER])
+        arrays = _array_leaves(restored[folders.PARAMS], restored[folders.OPTIMIZER])
         _compare(wanted, _host_checksums(arrays))
         params = jax.tree.map(lambda x: x, params)
-        nnx.replace_by_pure_dict(params, restored[checkpoint.PARAMS])
+        nnx.replace_by_pure_dict(params, restored[folders.PARAMS])
         structure = jax.tree.structure(optimizer)
-        optimizer = structure.unflatten([restored[checkpoint.OPTIMIZER][name] for name in leaves])
-        return params, optimizer, items[checkpoint.TRAIN]
+        optimizer = structure.unflatten([restored[folders.OPTIMIZER][name] for name in leaves])
+        return params, optimizer, items[folders.TRAIN]
 
     def _set_aside(self, problems: Mapping[int, str], used: int) -> None:
         for step, problem in problems.items():
@@ -317,13 +317,13 @@ def _checkpointer() -> ocp.AsyncCheckpointer:
 def _items(bundle: ModelBundle, params: Params, optimizer: Any, train: dict) -> ocp.args.Composite:
     pure, leaves = nnx.to_pure_dict(params), _leaves(optimizer)
     items: dict[str, Any] = {
-        checkpoint.MODEL: bundle.model_item(),
-        checkpoint.TOKENIZER: bundle.tokenizer_item(),
-        checkpoint.TRAIN: train,
+        folders.MODEL: bundle.model_item(),
+        folders.TOKENIZER: bundle.tokenizer_item(),
+        folders.TRAIN: train,
     }
     sums = _host_checksums(_array_leaves(pure, leaves))
     sums |= {name: json_checksum(item) for name, item in items.items()}
-    items[checkpoint.CHECKSUMS] = seal(sums)
+    items[folders.CHECKSUMS] = seal(sums)
 
     def chunked(tree: Any) -> ocp.args.PyTreeSave:
         save = ocp.SaveArgs(chunk_byte_size=checkpoint.CHUNK_BYTES)  # so that merging can stream
@@ -342,8 +342,8 @@ def _leaves(tree: Any) -> dict[str, jax.Array]:
 
 
 def _array_leaves(params: Any, optimizer: Mapping[str, Any]) -> dict[str, jax.Array]:
-    named = {f"{checkpoint.PARAMS}/{p}": leaf for p, leaf in checkpoint.flatten(params).items()}
-    return named | {f"{checkpoint.OPTIMIZER}/{name}": leaf for name, leaf in optimizer.items()}
+    named = {f"{folders.PARAMS}/{p}": leaf for p, leaf in checkpoint.flatten(params).items()}
+    return named | {f"{folders.OPTIMIZER}/{name}": leaf for name, leaf in optimizer.items()}
 
 
 def _host_checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llada2_jax import checkpoint
+from llada2_jax import checkpoint, folders
 from llada2_jax.checkpoint import ArraySpec, ModelBundle, ParamWriter
 from llada2_jax.merge import merge_checkpoints
 from llada2_jax.types import SpecialTokens
@@ -28,7 +28,7 @@ def write_model(folder: Path, megabytes: int) -> None:
     """A checkpoint of three bf16 arrays, as chunked as a real one, written slice by slice."""
     rows = max(1, (megabytes << 20) // (3 * 2 * 1024))
     specs = {name: ArraySpec((rows, 1024), np.dtype("bfloat16")) for name in "abc"}
-    writer = ParamWriter(folder / checkpoint.PARAMS, specs)
+    writer = ParamWriter(folder / folders.PARAMS, specs)
     for name, spec in specs.items():
         for box in checkpoint.boxes(spec.shape, checkpoint.chunk_shape(spec)):
             size = tuple(axis.stop - axis.start for axis in box)

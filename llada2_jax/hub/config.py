@@ -25,12 +25,6 @@ ARCHITECTURES = {
     "bailing_moe_v2": "BailingMoeV2ForCausalLM",
 }
 MASK_TOKEN = "<|mask|>"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 # Hugging Face's name -> ours, where the value is the same.
 _FIELDS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,11 @@ from llada2_jax.checkpoint import (
     check_same_names,
     chunk_shape,
 )
+from llada2_jax.folders import TOKENIZER_FILES
 from llada2_jax.hub import names
-from llada2_jax.hub.config import TOKENIZER_FILES, config_from_hf
+from llada2_jax.hub.config import config_from_hf
 from llada2_jax.hub.safetensors_files import TensorFolder
 from llada2_jax.types import ModelConfig
-
-
-def is_hf_folder(path: Path) -> bool:
-    return (Path(path) / "config.json").is_file()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError for a file that is absent or no JSON object."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, str]:

@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from llada2_jax.checkpoint import ArraySpec, CheckpointError
+from llada2_jax.folders import HF_INDEX as INDEX
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
     "F32": np.dtype(np.float32),

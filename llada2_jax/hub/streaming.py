@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from llada2_jax import checkpoint, progress
+from llada2_jax import checkpoint, folders, progress
 from llada2_jax.checkpoint import (
     ArraySpec,
     CheckpointError,
@@ -20,10 +20,11 @@ from llada2_jax.checkpoint import (
     ParamWriter,
     Source,
 )
+from llada2_jax.folders import HF_CONFIG, HF_GENERATION, is_hf_folder
 from llada2_jax.hub import config as hub_config
 from llada2_jax.hub import load_bundle, names, open_source
 from llada2_jax.hub.adapted import merged_description
-from llada2_jax.hub.huggingface import HFModel, is_hf_folder, read_tokenizer_files
+from llada2_jax.hub.huggingface import HFModel, read_tokenizer_files
 from llada2_jax.hub.safetensors_files import DTYPES, TensorFolderWriter
 from llada2_jax.mask_embedding import mask_row
 
@@ -82,7 +83,7 @@ def convert(source: Path, target: Path, options: Options | None = None) -> dict[
         "dropped_tensors": sorted(params.dropped) if isinstance(params, HFModel) else [],
         "dtypes": sorted({dtype.name for dtype in dtypes.values()}),
     }
-    with checkpoint.replacing(target, overwrite=options.overwrite) as folder:
+    with folders.replacing(target, overwrite=options.overwrite) as folder:
         if to == "orbax":
             provenance = {**bundle.provenance, "conversion": report}
             hf_dtypes = bundle.hf_dtypes or {p: s.dtype.name for p, s in params.specs.items()}
@@ -144,7 +145,7 @@ def _write_orbax(
     mask: _MaskRow,
 ) -> None:
     specs = {path: ArraySpec(spec.shape, dtypes[path]) for path, spec in params.specs.items()}
-    writer = ParamWriter(folder / checkpoint.PARAMS, specs)
+    writer = ParamWriter(folder / folders.PARAMS, specs)
     with _bar(specs) as bar:
         for path in specs:
             for box in params.boxes(path):
@@ -203,8 +204,8 @@ def _write_hf_files(folder: Path, bundle: ModelBundle, options: Options, dtype: 
     )
     generation = {"eos_token_id": special.eos, "pad_token_id": special.pad, **bundle.generation}
     files = {
-        "config.json": json.dumps(config, indent=2) + "\n",
-        "generation_config.json": json.dumps(generation, indent=2) + "\n",
+        HF_CONFIG: json.dumps(config, indent=2) + "\n",
+        HF_GENERATION: json.dumps(generation, indent=2) + "\n",
         **bundle.tokenizer_files,
     }
     for name, text in files.items():

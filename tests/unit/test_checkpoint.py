@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada2_jax import checkpoint
+from llada2_jax import checkpoint, folders, merge
 from llada2_jax.checkpoint import ArraySpec, CheckpointError, ModelBundle
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.model import init_params, merge_params
@@ -97,9 +97,41 @@ def test_overrides_change_the_config_and_the_dtype(tmp_path, bundle):
 def test_a_run_is_not_a_checkpoint(tmp_path, bundle):
     save_with_orbax(tmp_path / "checkpoints" / "5", bundle)
     save_with_orbax(tmp_path / "checkpoints" / "10", bundle)
-    assert list(checkpoint.step_folders(tmp_path)) == [5, 10]
+    assert list(folders.step_folders(tmp_path)) == [5, 10]
     with pytest.raises(CheckpointError, match=r"is a run.*\{5,10\}.*llada2 merge"):
         load_model(tmp_path)
+
+
+RUN = {"config.json": '{"workdir": "runs/x"}'}
+EXPORT = {"config.json": '{"model_type": "llada2_moe"}', "tokenizer.json": "{}"}
+
+
+def write(folder, files):
+    """A folder with files, {path: text}."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_a_run_without_checkpoints_is_a_run(tmp_path):
+    run = write(tmp_path, RUN)
+    for load in (load_model, lambda path: merge.expand([path])):
+        with pytest.raises(CheckpointError, match="is a run without checkpoints"):
+            load(run)
+
+
+def test_a_run_with_its_config_is_not_taken_for_a_hugging_face_folder(tmp_path, bundle):
+    run = write(tmp_path, RUN)
+    save_with_orbax(run / "checkpoints" / "5", bundle)
+    with pytest.raises(CheckpointError, match=r"is a run, not a checkpoint.*\{5\}"):
+        load_model(run)
+
+
+def test_a_hugging_face_folder_is_converted_before_it_is_merged(tmp_path):
+    with pytest.raises(CheckpointError, match="Hugging Face folder.*llada2 convert"):
+        merge.expand([write(tmp_path, EXPORT)])
 
 
 def test_paths_that_are_nothing(tmp_path):
@@ -194,6 +226,42 @@ def test_a_run_or_a_step_is_never_overwritten(tmp_path, bundle):
         with pytest.raises(CheckpointError, match="remove it yourself"):
             checkpoint.save_model(tmp_path / path, bundle, overwrite=True)
     assert load_bundle(tmp_path / "run/checkpoints/5").config == CONFIG
+
+
+FOLDERS = {
+    "metrics.jsonl": RUN | {"metrics.jsonl": ""},
+    "src": {"config.json": "{}", "src/thesis.tex": "the only copy"},
+    "thesis.tex": EXPORT | {"model.safetensors": "", "thesis.tex": "the only copy"},
+    "tokenizer.json": EXPORT,  # no weights
+    "config.json": {"config.json": "{}", "model.safetensors": ""},
+}
+
+
+@pytest.mark.parametrize("named", FOLDERS)
+def test_a_folder_that_is_more_than_a_model_is_never_overwritten(tmp_path, bundle, named):
+    folder = write(tmp_path / "f", FOLDERS[named])
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(CheckpointError, match=rf"not replaced: it holds .*{named}.*yourself"):
+        checkpoint.save_model(folder, bundle, overwrite=True)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_note_beside_a_checkpoint_is_not_lost(tmp_path, bundle):
+    checkpoint.save_model(tmp_path / "m", bundle)
+    (tmp_path / "m" / "notes.md").touch()
+    with pytest.raises(CheckpointError, match=r"it holds notes\.md too"):
+        checkpoint.save_model(tmp_path / "m", bundle, overwrite=True)
+    assert (tmp_path / "m" / "notes.md").exists()
+
+
+def test_either_format_replaces_the_other(tmp_path, bundle):
+    weights = dict.fromkeys(
+        ("model-00001-of-00001.safetensors", "model.safetensors.index.json"), ""
+    )
+    folder = write(tmp_path / "m", EXPORT | weights)
+    for _ in range(2):
+        checkpoint.save_model(folder, bundle, overwrite=True)
+    assert load_bundle(folder).special == bundle.special
 
 
 @given(
