@@ -8,10 +8,12 @@ SHELL := bash
 
 # Set PYTHON to choose the interpreter that .venv is made from.
 PYTHON ?=
+# What is installed beside the package: make setup EXTRAS=dev,cuda13 runs everything on a GPU.
+EXTRAS ?= dev
 PYTHONS := python3.12 python3 python
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-STAMP := .venv/.stamp
+STAMP = .venv/.stamp-$(EXTRAS)
 
 # The TPU compiler, for machines without a TPU; there is one for this platform only.
 LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.cache/libtpu/libtpu/libtpu.so)
@@ -49,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "Installing the packages pinned in constraints.txt (about a minute)"
 	@$(PIP) install -qq -c constraints.txt hatchling editables
-	@$(PIP) install -qq -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@$(PIP) install -qq -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 quickstart: setup ## the whole conversion on this machine, about 10 minutes; writes runs/quickstart/report.md
