@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +22,9 @@ import numpy as np
 from llada2_jax.config import ConfigError, ScheduleConfig, TrainConfig, load_config, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
+from llada2_jax.errors import exit_status
 from llada2_jax.evals.likelihood import tokenizer_of
+from llada2_jax.inputs import positive
 from llada2_jax.metrics import read_metrics
 from llada2_jax.starting_model import starting_bundle
 from llada2_jax.train import train
@@ -97,7 +100,7 @@ def _step_seconds(cfg: TrainConfig, corpus: Corpus) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Prints the summary as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m llada2_jax.bench",
@@ -110,13 +113,17 @@ def main() -> None:
         help="of a run, or of a quickstart, whose `ar` stage is taken (default: "
         "configs/quickstart.py)",
     )
-    parser.add_argument("--steps", type=int, default=30, metavar="N", help="timed a round (30)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of both in turns (3)")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--steps", type=positive, default=30, metavar="N", help="timed a round (30)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="of both in turns (3)"
+    )
+    args = parser.parse_args(argv)
     config: Any = load_config(args.config)
     cfg = validate(config.ar if "ar" in config else config)
     print(json.dumps(loop_overhead(cfg, steps=args.steps, rounds=args.rounds).summary(), indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("python -m llada2_jax.bench", lambda: main(sys.argv[1:])))

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
+from llada2_jax.errors import EXIT_STATUS, exit_status
 
 # command -> (module with a main(argv), what it does); imported only when called, so that
 # `llada2 --help` answers at once.
@@ -55,11 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     # What was compiled once is read from disk the next time; jax reads this when it is imported.
     cache = Path.home() / ".cache" / "llada2_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    try:
-        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
-    except (UserError, OSError) as error:
-        print(f"llada2 {name}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    return exit_status(
+        f"llada2 {name}", lambda: importlib.import_module(COMMANDS[name][0]).main(rest)
+    )
 
 
 if __name__ == "__main__":

@@ -435,7 +435,10 @@ def load_config(
     one beside it. The command line writes --config=path:argument."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
-        raise ConfigError(f"{path} is not a config file")
+        raise ConfigError(
+            f"{path} is not a config file: name one of configs/ in a clone of the repository, or "
+            "your own"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config() if argument is None else module.get_config(argument)
@@ -448,7 +451,7 @@ def validate(config: ml_collections.ConfigDict) -> TrainConfig:
 
     Raises: ConfigError for unknown fields, wrong types and values that cannot work together.
     """
-    cfg = _build(TrainConfig, config.to_dict(), "config")
+    cfg = from_dict(TrainConfig, config.to_dict(), "config")
     _check(cfg)
     return cfg
 
@@ -457,7 +460,11 @@ def _fields(cls) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
 
 
-def _build(cls, values: dict, where: str):
+def from_dict[T](cls: type[T], values: dict[str, Any], where: str) -> T:
+    """A dataclass from {field: value}. where: what the dict is called in messages.
+
+    Raises: ConfigError for unknown fields, missing ones and wrong types.
+    """
     unknown = sorted(set(values) - _fields(cls))
     if unknown:
         known = ", ".join(sorted(_fields(cls)))
@@ -472,10 +479,10 @@ def _build(cls, values: dict, where: str):
 
 def _convert(hint, value, where: str):
     """`value` as the declared type, or a ConfigError; nothing is coerced but int to float."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}={value!r} must be a group of fields")
-        return _build(hint, value, where)
+        return from_dict(hint, value, where)
     origin = typing.get_origin(hint)
     if origin is tuple:
         if not isinstance(value, tuple | list):

@@ -187,9 +187,12 @@ class Engine:
         return [done[row] for row in range(len(ids))]
 
     def stream(
-        self, prompt: Prompt, *, trajectory: bool = False, **options: Any
+        self, prompt: Prompt, *, row_id: int = 0, trajectory: bool = False, **options: Any
     ) -> Iterator[str | Completion]:
         """Continues one prompt: yields the text of every finished block, at last the Completion.
+
+        row_id: which of several prompts this is; with the seed it decides what is drawn, so that
+        `stream(prompts[i], row_id=i)` gives what `generate(prompts)[i]` does.
 
         The pieces joined are the Completion's text. A character whose bytes are not complete
         waits for the next block. Where a decoder rewrites text that was sent (none that is
@@ -199,7 +202,7 @@ class Engine:
         """
         chosen, ids = self.options(**options), self.encode(prompt)
         model = self.bundle
-        parts = stream_tokens(model.config, model.params, ids, model.special, chosen)
+        parts = stream_tokens(model.config, model.params, ids, model.special, chosen, row_id)
         return self._stream(parts, ids, trajectory)
 
     def _stream(self, parts: Iterator[Generation], ids, trajectory) -> Iterator[str | Completion]:
@@ -242,6 +245,11 @@ class Engine:
             compile_seconds=g.compile_seconds / rows,
             trajectory=record if trajectory else None,
         )
+
+
+def tokens_per_second(done: Sequence[Completion]) -> float:
+    """Tokens of all completions, as many as were asked for, over the time they took together."""
+    return sum(len(c.tokens) for c in done) / max(sum(c.seconds for c in done), 1e-9)
 
 
 def complete_characters(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llada2_jax import progress
-from llada2_jax.engine import Completion, Engine, load
+from llada2_jax.engine import Completion, Engine, load, tokens_per_second
 from llada2_jax.errors import EXIT_STATUS, UsageError
 from llada2_jax.inputs import (
     Item,
@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> int:
         completions = _generate(engine, items, options)
         _write(items, completions, as_json)
     else:
-        completions = [_stream(engine, item, options, len(items)) for item in items]
+        completions = [_stream(engine, items, row, options) for row in range(len(items))]
     _report(completions)
     if args.compare_uncached:
         _compare(engine, items, completions, options)
@@ -145,10 +145,11 @@ def _generate(engine: Engine, items: Sequence[Item], options: dict[str, Any]) ->
 # ------------------------------------------------------------------------------------ output
 
 
-def _stream(engine: Engine, item: Item, options: dict[str, Any], count: int) -> Completion:
-    if count > 1:
-        print(f"=== {item.text!r}")
-    for piece in engine.stream(item.text, **options):
+def _stream(engine: Engine, items: Sequence[Item], row: int, options: dict[str, Any]) -> Completion:
+    prompt = items[row].text
+    if len(items) > 1:
+        print(f"=== {prompt!r}")
+    for piece in engine.stream(prompt, row_id=row, **options):
         if isinstance(piece, Completion):
             print()
             return piece
@@ -190,7 +191,7 @@ def _report(completions: Sequence[Completion]) -> None:
     seconds = sum(c.seconds for c in completions)
     building = sum(c.compile_seconds for c in completions)
     print(
-        f"{tokens} tokens in {seconds:.2f} s: {tokens / max(seconds, 1e-9):.1f} tokens/s; "
+        f"{tokens} tokens in {seconds:.2f} s: {tokens_per_second(completions):.1f} tokens/s; "
         f"{tokens_per_forward(*completions):.2f} tokens per forward, "
         f"{tokens_per_forward(*completions, commits=True):.2f} with commits "
         f"({denoise} denoising + {commits} commit forwards); compiled for {building:.1f} s",

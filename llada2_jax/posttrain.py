@@ -22,12 +22,13 @@ from llada2_jax.data.chat import LLADA2_TEMPLATE, ChatTemplate
 from llada2_jax.data.encoders import EncodeOptions
 from llada2_jax.data.prepare import Job, prepare
 from llada2_jax.data.sources import SourceSpec
-from llada2_jax.engine import Completion, Engine
+from llada2_jax.engine import Completion, Engine, tokens_per_second
 from llada2_jax.errors import EXIT_STATUS
 from llada2_jax.evals.tasks import Task, gym_version, make_tasks, scores
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.metrics import read_metrics
 from llada2_jax.progress import bar
+from llada2_jax.sampler import tokens_per_forward
 from llada2_jax.train import parse_flags, train
 
 BASE = "base"
@@ -285,8 +286,8 @@ def evaluate(
         setting.threshold,
         setting.block_size,
         correct,
-        tokens_per_forward=sum(c.accepted for c in done) / sum(c.denoise_forwards for c in done),
-        tokens_per_second=sum(len(c.tokens) for c in done) / sum(c.seconds for c in done),
+        tokens_per_forward=tokens_per_forward(*done),
+        tokens_per_second=tokens_per_second(done),
     )
 
 

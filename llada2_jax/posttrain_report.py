@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - the backend has to be chosen first
 import numpy as np  # noqa: E402
+
+from llada2_jax.run_folder import machine  # noqa: E402
 
 FIRST = "sft"  # the arm whose scores decide which families count
 
@@ -52,7 +51,7 @@ def write(work: Path, results: dict[str, Any]) -> Path:
             figure.savefig(work / f"{name}-{kind}.png", dpi=130, bbox_inches="tight")
             plt.close(figure)
     shown = {
-        "machine": _machine(),
+        "machine": machine(),
         "config": results["config"],
         "gym": results["gym"],
         "seconds": results["seconds"],
@@ -148,15 +147,6 @@ def _trained_block(results: Mapping[str, Any], arm: str) -> int:
     fields = results["config"]["arms"][arm]
     stage = results["config"]["stages"][fields["stage"]]["schedule"]["posttrain_block"]
     return fields["changes"].get("schedule", {}).get("posttrain_block", stage)
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-    }
 
 
 # ------------------------------------------------------------------------------------------ plots

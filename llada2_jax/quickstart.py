@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 from llada2_jax import progress, quickstart_report
 from llada2_jax.assets import TINY_AR
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import TrainConfig, validate
+from llada2_jax.config import ConfigError, TrainConfig, from_dict, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.documents import Document, documents
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
-from llada2_jax.engine import Completion, Engine
+from llada2_jax.engine import Completion, Engine, tokens_per_second
 from llada2_jax.errors import EXIT_STATUS, UsageError
 from llada2_jax.evals.likelihood import left_to_right_nll, tokenizer_of, validation_contexts
 from llada2_jax.folders import is_checkpoint
@@ -31,8 +31,9 @@ from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.streaming import Options, convert
 from llada2_jax.merge import merge_checkpoints, select_best
 from llada2_jax.metrics import read_metrics
+from llada2_jax.plan import planned_model
 from llada2_jax.sampler import compile_count, tokens_per_forward
-from llada2_jax.train import parse_flags, train
+from llada2_jax.train import parse_flags, saves_after, train
 from llada2_jax.train_step import RowScores, make_eval_step, score_rows
 from llada2_jax.types import Batch
 
@@ -40,7 +41,7 @@ from llada2_jax.types import Batch
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
     """eval_rows, eval_samples: validation rows and Monte Carlo draws of the final figures.
-    exact_rows: rows of the check of the bound at block size 1. prompts, prompt_tokens,
+    exact_rows: how many of them for the check of the bound at block size 1. prompts, prompt_tokens,
     max_new_tokens: completions of held-out functions. rounds: timings of each threshold, in turns;
     the median counts. speed_tokens: length of the speed test."""
 
@@ -56,8 +57,10 @@ class ReportConfig:
     speed_tokens: int
 
 
-TARGET_BLOCK_SIZE = 32
-"""What the conversion decodes with (§5.4)."""
+ROWS = 8
+"""Validation rows that are scored together."""
+SPEED_PROMPT = 32
+"""Tokens of the speed test's prompt."""
 
 
 def say(text: str) -> None:
@@ -69,10 +72,11 @@ def run(config: Any) -> Path:
     """The pipeline; returns the report's path. Stages that a workdir holds already are resumed.
 
     config: a ConfigDict as configs/quickstart.py gives it; its fields have no static types.
+    Raises: ConfigError as `read_config`, before anything is trained; what `train` raises.
     """
     started = time.perf_counter()
     work = Path(config.workdir)
-    report = ReportConfig(**config.report.to_dict())
+    ar_cfg, conversion_cfg, report = read_config(config)
     results: dict[str, Any] = {"config": _plain(config)}
     if config.train_parent:
         _train_parent(config, work)
@@ -80,17 +84,17 @@ def run(config: Any) -> Path:
     corpus = _corpus(config)
     results["corpus"] = _describe_corpus(corpus)
     print(results["corpus"])
+    rows = _validation_rows(corpus, conversion_cfg, report)
 
     say("the autoregressive parent, continued briefly")
-    ar_cfg = _placed(config.ar, work / "ar")
     ar = train(ar_cfg, corpus=corpus)
     say("conversion: warmup, stable, decay")
-    conversion_cfg = _placed(config.conversion, work / "conversion")
     train(conversion_cfg, corpus=corpus)
     say("merge of the best checkpoints of the last phase")
     best, merged = _merge(work, config.merge_top_k, results)
     say("bits per byte")
-    _measure_likelihood(results, report, corpus, conversion_cfg, ar, best, merged)
+    target = conversion_cfg.phases[-1].block_size
+    _measure_likelihood(results, report, corpus, rows, target, ar, best, merged)
     say("completions of held-out functions")
     _measure_generation(results, report, conversion_cfg, merged)
     say("speed")
@@ -100,6 +104,80 @@ def run(config: Any) -> Path:
     path = quickstart_report.write(work, results)
     say(f"done in {results['seconds'] / 60:.1f} minutes: {path}")
     return path
+
+
+def read_config(config: Any) -> tuple[TrainConfig, TrainConfig, ReportConfig]:
+    """What the autoregressive continuation and the conversion train, and what is measured then.
+
+    Raises: ConfigError for whatever would otherwise come to light when the models are trained.
+    """
+    work = Path(config.workdir)
+    ar, conversion = (_placed(config[name], work / name) for name in ("ar", "conversion"))
+    for name, data in (("ar", ar.data), ("conversion", conversion.data)):
+        if data.sources or data.source != conversion.data.source:
+            raise ConfigError(
+                f"config.{name}.data: both stages read the one corpus that "
+                "config.conversion.data.source names, and no sources"
+            )
+    model = planned_model(validate(config.parent) if config.train_parent else conversion)
+    report = from_dict(ReportConfig, config.report.to_dict(), "config.report")
+    _check_report(report, conversion, model.max_position_embeddings)
+    _check_merge(conversion, config.merge_top_k)
+    held_out_functions(conversion.data.source, 1, report.max_new_tokens)
+    return ar, conversion, report
+
+
+def _check_report(report: ReportConfig, conversion: TrainConfig, positions: int) -> None:
+    """positions: tokens of the longest text that the model takes."""
+    row, sizes, thresholds = conversion.data.row_length, report.block_sizes, report.thresholds
+    numbers = {name: n for name, n in dataclasses.asdict(report).items() if isinstance(n, int)}
+    for name, good, rule in (
+        *((name, number >= 1, "at least 1") for name, number in numbers.items()),
+        ("eval_rows", report.eval_rows % ROWS == 0, f"a multiple of {ROWS}"),
+        ("exact_rows", report.exact_rows <= report.eval_rows, "at most config.report.eval_rows"),
+        (
+            "block_sizes",
+            bool(sizes) and all(size >= 1 and row % size == 0 for size in sizes),
+            f"divisors of config.conversion.data.row_length={row}, one at least",
+        ),
+        (
+            "thresholds",
+            bool(thresholds) and all(0 <= threshold <= 1 for threshold in thresholds),
+            "from 0 to 1, one at least",
+        ),
+        (
+            "max_new_tokens",
+            report.prompt_tokens + report.max_new_tokens <= positions,
+            f"with prompt_tokens={report.prompt_tokens} within the model's {positions} positions",
+        ),
+        (
+            "speed_tokens",
+            SPEED_PROMPT + report.speed_tokens <= positions,
+            f"with a prompt of {SPEED_PROMPT} within the model's {positions} positions",
+        ),
+    ):
+        if not good:
+            raise ConfigError(f"config.report.{name}={getattr(report, name)!r} must be {rule}")
+
+
+def _check_merge(conversion: TrainConfig, top_k: int) -> None:
+    """Whether the conversion's last phase leaves as many checkpoints as are to be merged."""
+    begin, end = (0, *conversion.phase_ends)[-2:]
+    saved = sum(saves_after(conversion, step) for step in range(begin + 1, end + 1))
+    kept = conversion.checkpoint.keep_best
+    if not 1 <= top_k <= min(saved, kept):
+        raise ConfigError(
+            f"config.merge_top_k={top_k}: the conversion's last phase saves {saved} checkpoints "
+            f"and keeps the {kept} best, so choose from 1 to {min(saved, kept)}, or change "
+            "config.conversion.checkpoint.every_tokens and keep_best"
+        )
+
+
+def _validation_rows(corpus: Corpus, cfg: TrainConfig, report: ReportConfig) -> list[Batch]:
+    try:
+        return corpus.validation_batches(cfg.data, report.eval_rows, ROWS)
+    except ValueError as error:
+        raise ConfigError(f"config.report.eval_rows: {error}") from error
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict:
@@ -170,11 +248,12 @@ def _merge(work: Path, top_k: int, results: dict) -> tuple[ModelBundle, ModelBun
 
 
 def _measure_likelihood(
-    results, report: ReportConfig, corpus: Corpus, cfg: TrainConfig, ar, best, merged
+    results, report: ReportConfig, corpus: Corpus, batches, target: int, ar, best, merged
 ) -> None:
-    """Bits per byte on the same validation bytes: AR, and the diffusion models by block size."""
-    batches = corpus.validation_batches(cfg.data, report.eval_rows, 8)
+    """Bits per byte on the same validation bytes: AR, and the diffusion models by block size.
 
+    target: the block size that the conversion ends at, and decodes with.
+    """
     steps: dict[str, Callable] = {}
 
     def score(bundle: ModelBundle, objective: str, block_size: int) -> RowScores:
@@ -191,7 +270,7 @@ def _measure_likelihood(
         ("AR continued", ar, "ar", 1),
         *(("best single", best, "bdlm", size) for size in sizes),
         *(("merged", merged, "bdlm", size) for size in sizes),
-        ("parent before conversion", parent, "bdlm", TARGET_BLOCK_SIZE),
+        ("parent before conversion", parent, "bdlm", target),
     ]
     scores: dict[str, dict[str, RowScores]] = {}
     for name, bundle, objective, size in progress.bar(jobs, "bits per byte"):
@@ -207,7 +286,7 @@ def _measure_likelihood(
         column: _difference(rows, scores["best single"][column])
         for column, rows in scores["merged"].items()
     }
-    rows = jax.tree.map(lambda x: x[: report.exact_rows], batches[0])
+    rows = jax.tree.map(lambda *parts: np.concatenate(parts)[: report.exact_rows], *batches)
     results["exact_check"] = _exact_check(merged, rows)
     print(f"bound at block size 1 against the left-to-right chain: {results['exact_check']}")
 
@@ -245,24 +324,37 @@ def held_out_prompts(
     source: str, tokenizer: Tokenizer, count: int, prompt_tokens: int, new_tokens: int
 ) -> list[tuple[str, list[int]]]:
     """(file, prompt ids) of functions in validation files: the text up to and including a `def`
-    line, at most prompt_tokens of it, spread evenly over the files that have enough text."""
-    found = []
-    for document in documents(source, "validation"):
-        prompt = _prompt_of(document, tokenizer, prompt_tokens, new_tokens)
-        if prompt is not None:
-            found.append((document.name, prompt))
+    line, at most prompt_tokens of it. Files and errors as in `held_out_functions`."""
+    found = held_out_functions(source, count, new_tokens)
+    encoded = [tokenizer.encode(text, add_special_tokens=False).ids for _, text in found]
+    return [(name, ids[-prompt_tokens:]) for (name, _), ids in zip(found, encoded, strict=True)]
+
+
+def held_out_functions(source: str, count: int, new_tokens: int) -> list[tuple[str, str]]:
+    """(file, text up to and including a `def` line) of validation files, spread evenly over those
+    that have enough text after it. Raises: ConfigError where no file has."""
+    try:
+        held_out = [(d.name, _function_of(d, new_tokens)) for d in documents(source, "validation")]
+    except ValueError as error:
+        raise ConfigError(f"config.conversion: {error}") from error
+    found = [(name, text) for name, text in held_out if text]
+    if not found:
+        raise ConfigError(
+            f"config.conversion.data.source={source!r}: none of its {len(held_out)} validation "
+            "files has a function to complete, with enough text after it: choose another source, "
+            f"or lower config.report.max_new_tokens={new_tokens}"
+        )
     chosen = np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)
     return [found[i] for i in chosen]
 
 
-def _prompt_of(document: Document, tokenizer: Tokenizer, prompt_tokens: int, new_tokens: int):
-    middle = len(document.text) // 3
-    start = document.text.find("def ", middle)
-    end = document.text.find(":\n", start)
-    if start < 0 or end < 0 or len(document.text) < end + 4 * new_tokens:
-        return None
-    ids = tokenizer.encode(document.text[: end + 1], add_special_tokens=False).ids
-    return ids[-prompt_tokens:]
+def _function_of(document: Document, new_tokens: int) -> str:
+    """The text up to the first function beyond a third of it; empty where there is none."""
+    text = document.text
+    start = text.find("def ", len(text) // 3)
+    end = text.find(":\n", start)
+    enough = start >= 0 and end >= 0 and len(text) >= end + 4 * new_tokens
+    return text[: end + 1] if enough else ""
 
 
 def _measure_generation(results, report: ReportConfig, cfg: TrainConfig, merged) -> None:
@@ -285,7 +377,7 @@ def _measure_generation(results, report: ReportConfig, cfg: TrainConfig, merged)
     speeds: dict[float, list[float]] = {t: [] for t in report.thresholds}
     for threshold in progress.bar(turns, "completions"):
         done[threshold] = complete(threshold)
-        speeds[threshold].append(_tokens_per_second(done[threshold]))
+        speeds[threshold].append(tokens_per_second(done[threshold]))
     rows = [
         {"threshold": t, **_tokens_per_forward(done[t]), "tokens_per_second": speeds[t]}
         for t in report.thresholds
@@ -312,10 +404,6 @@ def _tokens_per_forward(done: Sequence[Completion]) -> dict[str, float]:
     }
 
 
-def _tokens_per_second(done: Sequence[Completion]) -> float:
-    return sum(len(c.tokens) for c in done) / sum(c.seconds for c in done)
-
-
 def _trajectory(done: Completion, tokenizer: Tokenizer, threshold: float) -> dict[str, Any]:
     assert done.trajectory is not None
     return {
@@ -331,7 +419,9 @@ def _measure_speed(results, report: ReportConfig, cfg: TrainConfig, merged) -> N
     # fp32, so that both ways must give the same tokens, not only nearly the same logits.
     config = dataclasses.replace(merged.config, dtype="float32")
     engine = Engine(dataclasses.replace(merged, config=config))
-    prompt = held_out_prompts(cfg.data.source, tokenizer_of(merged), 1, 32, 64)[0][1]
+    [(_, prompt)] = held_out_prompts(
+        cfg.data.source, tokenizer_of(merged), 1, SPEED_PROMPT, report.max_new_tokens
+    )
     options = {"max_new_tokens": report.speed_tokens, "stop_on_eos": False, "threshold": 0.9}
     before = compile_count()
     timed = {}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - the backend has to be chosen first
 import numpy as np  # noqa: E402
+
+from llada2_jax.run_folder import machine  # noqa: E402
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9661f", "#8a8a8a"
 
@@ -24,12 +23,7 @@ GRAD_NORMS = ("conversion", "grad_norm_by_rate")  # absent where eval.rate_bucke
 
 def write(work: Path, results: dict[str, Any]) -> Path:
     """Writes the report's files into `work`; returns the path of report.md."""
-    results["machine"] = {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-    }
+    results["machine"] = machine()
     plots = {
         "loss.png": _plot_loss,
         "bits_per_byte.png": _plot_bits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -154,16 +155,26 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def machine() -> dict[str, Any]:
+    """What a figure was measured on, in a few words: versions of Python and jax, kind of device,
+    cores."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+    }
+
+
 def environment() -> dict[str, Any]:
-    """Git revision, versions of Python and of the packages we require, host and devices."""
-    devices = jax.devices()
+    """Git revision, versions of the packages we require, host, the machine and how many devices."""
     return {
         "git": _git(),
-        "python": platform.python_version(),
         "packages": _packages(),
         "host": platform.node(),
+        **machine(),
         "processes": jax.process_count(),
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "devices": jax.device_count(),
     }
 
 

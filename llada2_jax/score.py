@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, about in (
         ("block-size", "tokens a block (the checkpoint's, else 32); not for ar"),
-        ("samples", "random masks a row (8; 1 where the result is exact)"),
+        ("samples", "random masks a row (8); not where the result is exact"),
         (
             "row-length",
             "tokens of the longest context (that of the model's training; where the checkpoint "
@@ -84,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    _check(args)
+    _is_exact(args, args.block_size)  # before anything is read
     items = _items(args)
     bundle = load_model(args.checkpoint, **model_arguments(args))
     block_size = args.block_size or default_options(bundle.generation).block_size
-    exact = args.objective == "ar" or block_size == 1
+    exact = _is_exact(args, block_size)
     samples = 1 if exact else args.samples or 8
     scores = score_texts(
         bundle,
@@ -105,9 +105,16 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.objective == "ar" and args.block_size is not None:
+def _is_exact(args: argparse.Namespace, block_size: int | None) -> bool:
+    """Whether there is nothing to sample. Raises: UsageError for options without a meaning then."""
+    left_to_right = args.objective == "ar"
+    if left_to_right and args.block_size is not None:
         raise UsageError("--block-size has no meaning for --objective ar: leave it out")
+    exact = left_to_right or block_size == 1
+    if exact and args.samples is not None:
+        what = "for --objective ar" if left_to_right else "at block size 1, where one draw is exact"
+        raise UsageError(f"--samples has no meaning {what}: leave it out")
+    return exact
 
 
 def _items(args: argparse.Namespace) -> list[Item]:

@@ -92,6 +92,7 @@ class Run:
     refer: Refer
     steps: dict[str, Callable] = dataclasses.field(default_factory=dict)
     evals: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    norms: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
     def train_step(self, phase: Phase) -> Callable:
         if phase.objective not in self.steps:
@@ -99,6 +100,13 @@ class Run:
                 self.cfg, self.bundle.config, phase.objective, self.mesh
             )
         return self.steps[phase.objective]
+
+    def grad_norms_by_rate(self, phase: Phase) -> Callable:
+        if phase.objective not in self.norms:
+            self.norms[phase.objective] = make_grad_norms_by_rate(
+                self.bundle.config, phase.objective, self.cfg.eval.rate_buckets, self.mesh
+            )
+        return self.norms[phase.objective]
 
     def validate(self, phase: Phase) -> dict[str, Any]:
         """Validation under the phase's objective (or at the target block size). `kind` says what
@@ -371,7 +379,7 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) ->
         trace.after(metrics)
         pending.steps.append((step + 1, phase, metrics))
         done, ends = step + 1, _phase_starts(cfg, step + 1)
-        saves = ends or _due(cfg, cfg.checkpoint.every_tokens, done)
+        saves = saves_after(cfg, done)
         measures = saves or _due(cfg, cfg.eval.every_tokens, done)
         # Where the host looks depends on the step alone, so that a resumed run reacts to the same.
         if measures or done % cfg.log_every == 0:
@@ -396,6 +404,11 @@ def _leave(run: Run, step: int, pending: _Pending, *, saved: bool) -> NoReturn:
     message = f"preempted: step {saved_step} of {last} is saved; start again to go on"
     run.logger.say(message)
     raise Preempted(message)
+
+
+def saves_after(cfg: TrainConfig, step: int) -> bool:
+    """Whether the run is validated and saved when `step` steps are done."""
+    return _phase_starts(cfg, step) or _due(cfg, cfg.checkpoint.every_tokens, step)
 
 
 def _phase_starts(cfg: TrainConfig, step: int) -> bool:
@@ -495,9 +508,8 @@ def _validate(
     cfg = run.cfg
     scores = run.validate(phase)
     if ends and cfg.eval.rate_buckets and phase.objective not in ("ar", "dpo"):
-        norms = make_grad_norms_by_rate(
-            run.bundle.config, phase.objective, cfg.eval.rate_buckets, run.mesh
-        )(run.state, _first_micro_batch(batch, cfg.optimizer.accumulate), context)
+        first = _first_micro_batch(batch, cfg.optimizer.accumulate)
+        norms = run.grad_norms_by_rate(phase)(run.state, first, context)
         run.logger.write(
             step, "grad_norm_by_rate", phase.name, {"norms": [float(n) for n in norms]}
         )
@@ -609,6 +621,11 @@ def parse_flags(
 
     Raises: UsageError; ConfigError for a config file that is not there.
     """
+    named = any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv)
+    if config is not None and not named and not Path(config).is_file():
+        raise ConfigError(
+            f"{config} is not here: run this in a clone of the repository, or give --config=FILE"
+        )
     values = flags.FlagValues()
     arguments = [command, *argv]  # not sys.argv, which is another caller's
     flags.DEFINE_boolean("print_config", False, "print the config and stop", flag_values=values)
@@ -657,10 +674,11 @@ usage: llada2 train --config=configs/NAME.py [--config.FIELD=VALUE ...] [--workd
                     [--profile DIR] [--print_config]
 
 Trains what the config says: autoregressive, block diffusion, the whole
-Warmup-Stable-Decay conversion, or post-training (SFT, CAP). A run found in the
-workdir is resumed, bit for bit.
+Warmup-Stable-Decay conversion, or post-training (SFT, CAP, DPO). A run found in
+the workdir is resumed, bit for bit.
 
   --config=FILE          a file of configs/ (each docstring says what it takes and gave)
+  --config=FILE:MODEL    the file for another model: configs/sft.py:mini, configs/dpo.py:flash
   --config.a.b=c         overrides a field; an unknown field is an error
   --workdir=DIR          same as --config.workdir
   --profile=DIR          writes a trace of ten warm steps for XProf / Perfetto
@@ -670,6 +688,7 @@ examples:
   llada2 train --config=configs/tiny_wsd.py --config.schedule.stable_tokens=2000000
   llada2 train --config=configs/tiny_wsd.py --workdir=runs/seed1 --config.seed=1
   llada2 train --config=configs/sft.py --config.data.sources='("data/chat",)'
+  llada2 train --config=configs/dpo.py:mini --config.init.checkpoint=runs/cap_mini/merged
 
 {EXIT_STATUS}75 after SIGTERM or a notice of preemption, when what was reached is saved and the
 same command goes on.

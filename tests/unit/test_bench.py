@@ -1,5 +1,6 @@
 """The benchmark runs both ways and divides the right way round; its times are nobody's promise."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,23 @@ def test_shares_are_of_the_loop():
 def test_nothing_to_time_is_an_error(counts):
     with pytest.raises(ConfigError, match="both must be at least 1"):
         loop_overhead(TrainConfig(), **counts)
+
+
+@pytest.mark.parametrize(
+    ("status", "argv", "message"),
+    [
+        (2, ["--steps", "0"], "--steps: 0: must be at least 1"),
+        (2, ["--rounds", "-1"], "--rounds: -1: must be at least 1"),
+        (1, ["--config", "/nowhere.py"], "/nowhere.py is not a config file: name one of configs/"),
+    ],
+)
+def test_mistakes_are_one_line(status, argv, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", *argv])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(bench.__file__, run_name="__main__")
+    error = capsys.readouterr().err
+    assert end.value.code == status and message in error and "Traceback" not in error
+    assert error.rstrip().splitlines()[-1].startswith("python -m llada2_jax.bench: error: ")
 
 
 def test_both_ways_run(tmp_path, monkeypatch):

@@ -61,6 +61,20 @@ def test_every_command_explains_itself(name, capsys):
     assert f"llada2 {name}" in printed and EXIT_STATUS.strip() in printed
 
 
+@pytest.mark.parametrize("name", ["quickstart", "posttrain"])
+def test_a_default_config_that_is_not_here_is_named(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(name, "--workdir=x") == 1
+    error = f"llada2 {name}: error: configs/{name}.py is not here: run this in a clone of the "
+    assert capsys.readouterr().err == error + "repository, or give --config=FILE\n"
+
+
+def test_the_help_of_train_names_every_stage_and_how_to_choose_a_model(capsys):
+    assert exit_status("train", "--help") == 0
+    printed = capsys.readouterr().out
+    assert "(SFT, CAP, DPO)" in printed and "--config=configs/dpo.py:mini" in printed
+
+
 @load_module
 @pytest.mark.parametrize("expected", [2, 1])
 @pytest.mark.parametrize("name", cli.COMMANDS)

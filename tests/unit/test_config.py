@@ -27,7 +27,7 @@ from llada2_jax.config import (
 from llada2_jax.hub import load_bundle, param_shapes
 from llada2_jax.model import build
 from llada2_jax.plan import planned_model
-from llada2_jax.quickstart import ReportConfig
+from llada2_jax.quickstart import read_config
 from llada2_jax.schedules import embedding_noise_sigma
 from llada2_jax.sharding import make_mesh
 from llada2_jax.starting_model import starting_bundle
@@ -552,13 +552,6 @@ def test_a_quickstart_is_one_pipeline(path):
     assert ar.init.checkpoint == conversion.init.checkpoint == str(TINY_AR)
     assert param_shapes(trained) == param_shapes(model)
     assert ar.data == conversion.data  # one corpus serves both
-    last = conversion.phases[-1]
-    saved = -(-last.tokens // conversion.checkpoint.every_tokens)
-    assert 1 <= config.merge_top_k <= min(saved, conversion.checkpoint.keep_best)
-    report = ReportConfig(**config.report.to_dict())
-    row = conversion.data.row_length
-    assert all(row % block == 0 for block in report.block_sizes) and row in report.block_sizes
-    assert last.block_size in report.block_sizes and report.eval_rows % 8 == 0
-    assert all(0 < threshold <= 1 for threshold in report.thresholds)
-    longest = max(report.prompt_tokens + report.max_new_tokens, 32 + report.speed_tokens)
-    assert longest <= model.max_position_embeddings
+    *_, report = read_config(config)
+    last, row = conversion.phases[-1], conversion.data.row_length
+    assert {1, last.block_size, row} <= set(report.block_sizes)

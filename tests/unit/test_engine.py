@@ -71,6 +71,15 @@ def test_a_stream_is_the_completion_in_pieces(engine):
     assert last.denoise_forwards == whole.denoise_forwards
 
 
+def test_a_stream_draws_what_its_prompt_draws_in_a_batch(engine):
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    together = engine.generate(["a text", "a text"], **options)
+    assert together[0].tokens != together[1].tokens
+    for row, completion in enumerate(together):
+        *_, last = engine.stream("a text", row_id=row, **options)
+        assert last.tokens == completion.tokens
+
+
 def generation(tokens: list[int], done: bool) -> Generation:
     counts = np.ones(1, np.int32)
     record = np.zeros((1, len(tokens)), np.float32)

@@ -25,7 +25,7 @@ from llada2_jax.train_step import (
     make_train_step,
 )
 from llada2_jax.types import Batch
-from pallas_kernels.block_layout import block_index
+from pallas_kernels.block_layout import CLEAN, block_index, half_layout
 from tests.helpers import TINY, config, make_batch
 
 MASK, LENGTH = 15, 6
@@ -160,6 +160,28 @@ def test_mdlm_is_bdlm_with_one_block(params):
     batch = make_batch(TOKENS, SEGMENTS)
     pair = [make_eval_step(TINY, o)(params, batch, context(LENGTH)) for o in ("bdlm", "mdlm")]
     np.testing.assert_allclose(pair[0].nll, pair[1].nll, atol=1e-5)
+
+
+def test_ar_is_the_chain_rule_of_the_logits(params):
+    """Against −log softmax of the model's own logits at the next token: of the whole row, and of
+    each prefix alone, which cannot see what comes after it."""
+    batch, model = make_batch(TOKENS[:, :4]), merge_params(TINY, params)
+    got = make_eval_step(TINY, "ar")(params, batch, context(1)).nll
+
+    @jax.jit
+    def logp(rows):
+        block = block_index(rows.positions, 1, "document")
+        layout = half_layout(block, rows.segment_ids, CLEAN)
+        return jax.nn.log_softmax(model.logits(model(rows.tokens, rows.positions, layout).hidden))
+
+    whole = np.asarray(logp(batch))[0]
+    ids = np.asarray(batch.tokens)[0]
+    want = [0.0, *(-whole[i, ids[i + 1]] for i in range(3))]
+    np.testing.assert_allclose(np.asarray(got)[0], want, atol=1e-5)
+    segments = np.asarray([[i < n for i in range(4)] for n in (1, 2, 3)], int)
+    prefixes = np.asarray(logp(make_batch(TOKENS[:, :4].repeat(3, 0) * segments, segments)))
+    alone = [0.0, *(-prefixes[n, n, ids[n + 1]] for n in range(3))]
+    np.testing.assert_allclose(np.asarray(got)[0], alone, atol=1e-5)
 
 
 def test_ar_is_the_chain_rule_within_documents(params):

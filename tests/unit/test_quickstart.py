@@ -8,14 +8,14 @@ import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-import llada2_jax.train
+import llada2_jax.starting_model
 from llada2_jax import checkpoint, quickstart
-from llada2_jax.config import load_config, model_dict
+from llada2_jax.config import ConfigError, load_config, model_dict
 from llada2_jax.data.corpus import Corpus, Source
 from llada2_jax.data.documents import split_of
 from llada2_jax.data.packing import TokenizedDocuments
 from llada2_jax.data.tokenizer import train_tokenizer
-from llada2_jax.engine import Completion, Trajectory
+from llada2_jax.engine import Completion, Trajectory, tokens_per_second
 from llada2_jax.hub import load_bundle
 from llada2_jax.starting_model import starting_bundle
 from llada2_jax.types import SpecialTokens
@@ -91,6 +91,49 @@ def test_files_without_a_function_or_without_more_text_give_no_prompt(tmp_path, 
     assert [name for name, *_ in prompts_of(tmp_path, tokenizer, 9)] == [HELD_OUT[3]]
 
 
+def test_a_source_without_functions_is_an_error(tmp_path, tokenizer):
+    (tmp_path / HELD_OUT[0]).write_text("x = 1\n" * 100)
+    with pytest.raises(ConfigError, match="none of its 1 validation files has a function to compl"):
+        prompts_of(tmp_path, tokenizer, 9)
+    with pytest.raises(ConfigError, match="neither 'stdlib' nor a folder"):
+        prompts_of(tmp_path / "nowhere", tokenizer, 9)
+
+
+# -------------------------------------------------------------------------------------- config
+
+WRONG = {
+    "report.eval_rows": (60, r"report\.eval_rows=60 must be a multiple of 8"),
+    "report.eval_samples": (0, r"report\.eval_samples=0 must be at least 1"),
+    "report.block_sizes": ((1, 5), r"block_sizes=\(1, 5\) must be divisors of config\.conversion"),
+    "report.exact_rows": (65, r"exact_rows=65 must be at most config\.report\.eval_rows"),
+    "report.prompts": (0, r"report\.prompts=0 must be at least 1"),
+    "report.prompt_tokens": (4001, r"max_new_tokens=96 must be with prompt_tokens=4001 within the"),
+    "report.thresholds": ((0.9, 2.0), r"thresholds=\(0\.9, 2\.0\) must be from 0 to 1"),
+    "report.rounds": (0, r"report\.rounds=0 must be at least 1"),
+    "report.speed_tokens": (
+        4065,
+        r"speed_tokens=4065 must be with a prompt of 32 within the model",
+    ),
+    "merge_top_k": (99, r"config\.merge_top_k=99: .* saves 5 checkpoints and keeps the 4 best"),
+    "conversion.optimizer.b2": (2.0, r"config\.optimizer\.b2=2\.0 must be"),
+    "ar.data.source": ("elsewhere", r"config\.ar\.data: both stages read the one corpus"),
+    "conversion.data.source": ("nowhere", "'nowhere' is neither 'stdlib' nor a folder"),
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_what_is_measured_is_checked_before_anything_is_trained(field, monkeypatch):
+    value, message = WRONG[field]
+    config = load_config(CONFIGS / "quickstart.py")
+    config.update_from_flattened_dict({field: value})
+    if field == "conversion.data.source":
+        config.ar.data.source = value
+    for stage in ("train", "load_corpus", "_train_parent"):
+        monkeypatch.setattr(quickstart, stage, lambda *a, **k: pytest.fail("too late"))
+    with pytest.raises(ConfigError, match=message):
+        quickstart.run(config)
+
+
 # ------------------------------------------------------------------------------------- figures
 
 
@@ -104,7 +147,7 @@ def test_rates_are_of_all_completions_together():
         "tokens_per_forward_with_commits": 36 / 18,
     }
     # What was asked for, not what was decoded beyond it.
-    assert quickstart._tokens_per_second(done) == 30 / 2.0
+    assert tokens_per_second(done) == 30 / 2.0
 
 
 def test_a_trajectory_keeps_special_tokens_in_sight(tokenizer):
@@ -153,7 +196,7 @@ def test_the_parent_is_trained_once_and_shipped(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "TINY_AR", shipped)
     monkeypatch.setattr(quickstart, "train", train)
     monkeypatch.setattr(
-        llada2_jax.train, "init_params", lambda cfg, seed, mesh: random_params(cfg, seed)
+        llada2_jax.starting_model, "init_params", lambda cfg, seed, mesh: random_params(cfg, seed)
     )
     with monkeypatch.context() as stopped:  # between two files of the tokenizer
         unwritable = {"tokenizer.json": "{}", "tokenizer_config.json": None}

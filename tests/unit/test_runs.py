@@ -82,7 +82,8 @@ def test_a_start_tells_of_versions_devices_and_mesh(tmp_path):
         file.write('{"step": 5, "torn')
     (start,) = read_starts(tmp_path)
     assert start["step"] == 4 and start["mesh"] == {"fsdp": 1, "model": 1}
-    assert start["packages"]["jax"] == jax.__version__ and "cpu" in start["devices"].lower()
+    assert start["packages"]["jax"] == jax.__version__ and "cpu" in start["device"].lower()
+    assert start["devices"] == jax.device_count() and start["cores"] > 0
     git = environment()["git"]
     assert git is None or len(git["revision"]) == 40
 

@@ -37,12 +37,14 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def score(checkpoint, capfd):
-    """Runs `llada2 score` in rows of 16 with two samples: (status, stdout, stderr)."""
+    """Runs `llada2 score` in rows of 16 with two samples, where there are any: (status, stdout,
+    stderr)."""
 
     def call(*argv, folder=checkpoint):
         capfd.readouterr()
-        common = ["score", "--checkpoint", str(folder), "--row-length", "16", "--samples", "2"]
-        status = exit_status(*common, *argv)
+        exact = {"--samples", "--block-size", "ar"} & set(argv)
+        common = ["--row-length", "16", *([] if exact else ["--samples", "2"])]
+        status = exit_status("score", "--checkpoint", str(folder), *common, *argv)
         return status, *capfd.readouterr()
 
     return call
@@ -77,11 +79,17 @@ def test_the_figures_agree_with_each_other(score):
 
 def test_block_size_one_and_ar_are_exact_and_differ(score):
     (one, _) = lines(score("--text", "some text", "--block-size", 1, "--json"))
-    (many, _) = lines(score("--text", "some text", "--block-size", 1, "--samples", 3, "--json"))
     (ar, _) = lines(score("--text", "some text", "--objective", "ar", "--json"))
-    assert one["nats_stderr"] == many["nats_stderr"] == ar["nats_stderr"] == 0
-    assert one["nats"] == many["nats"] != ar["nats"] > 0
+    assert one["nats_stderr"] == ar["nats_stderr"] == 0 and one["samples"] == ar["samples"] == 1
+    assert one["nats"] != ar["nats"] > 0
     assert one["tokens"] == ar["tokens"] and "block_size" not in ar
+
+
+def test_a_checkpoint_of_block_size_one_is_exact_too(checkpoint, score, tmp_path):
+    bundle = dataclasses.replace(load_model(checkpoint), generation={"block_size": 1})
+    save_model(tmp_path / "exact", bundle)
+    status, _, err = score("--text", "a", folder=tmp_path / "exact")
+    assert status == 2 and "--samples has no meaning at block size 1" in err
 
 
 def test_one_sample_has_no_standard_error(score):
@@ -155,6 +163,8 @@ def test_files_lines_and_stdin(score, tmp_path, monkeypatch):
         (2, ["--text", "a", "--block-size", "0"], "--block-size: 0: must be at least 1"),
         (2, ["--text", "a", "--samples", "-1"], "--samples: -1: must be at least 1"),
         (2, ["--text", "a", "--objective", "ar", "--block-size", "4"], "no meaning for --objecti"),
+        (2, ["--text", "a", "--objective", "ar", "--samples", "3"], "--samples has no meaning for"),
+        (2, ["--text", "a", "--block-size", "1", "--samples", "3"], "meaning at block size 1"),
         (2, ["--text", "a", "--dtype", "float31"], "invalid choice: 'float31'"),
     ],
 )
