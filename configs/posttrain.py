@@ -15,13 +15,11 @@ import ml_collections
 from llada2_jax.config import load_config
 
 HERE = Path(__file__).parent
-WITHOUT = (
-    "w_crop",
-    "w_map",
-    "w_remove_every_nth_row",
-    "w_remove_every_nth_col",
-    "w_zero_divisible",
-)
+# Of manipulate_matrix all but the horizontal mirror.
+NOT_ASKED = [
+    *("w_rotate", "w_vmirror", "w_dmirror", "w_cmirror", "w_map", "w_crop"),
+    *("w_remove_every_nth_row", "w_remove_every_nth_col", "w_zero_divisible"),
+]
 
 
 def get_config():
@@ -29,7 +27,7 @@ def get_config():
     # Little text, and a base that has never seen a question: small steps, and many.
     sft.optimizer.learning_rate, sft.schedule.sft_tokens = 3e-3, 250_000
     cap.optimizer.learning_rate, cap.schedule.cap_tokens = 1e-3, 60_000
-    dpo.schedule.dpo_tokens = 60_000
+    dpo.schedule.dpo_tokens, dpo.eval.rows = 60_000, 4
     for stage in (sft, cap, dpo):
         stage.data.rows_per_step = 4
         stage.checkpoint.every_tokens = stage.eval.every_tokens = 0
@@ -39,17 +37,17 @@ def get_config():
     config.workdir = "runs/posttrain"
     config.base = "runs/quickstart/merged"
     config.seeds = (0,)
-    # Copying by position is what a model of this size learns in minutes; copying by content
-    # (number_filtering, word_sequence_reversal, needle_haystack) is not: docs/log.md.
+    # A model of this size learns to copy by position in minutes. One rule a family: which one is
+    # asked for, or where something else stands, it does not learn in that time (docs/log.md).
     config.families = {
-        "rotate_matrix": {"min_n": 2, "max_n": 4, "min_rotations": 1, "max_rotations": 3},
+        "rotate_matrix": {"min_n": 2, "max_n": 4, "min_rotations": 1, "max_rotations": 1},
         "manipulate_matrix": {
-            **{"min_rows": 2, "max_rows": 3, "min_cols": 2, "max_cols": 3, "max_transforms": 1},
-            **dict.fromkeys(WITHOUT, 0.0),
+            **{"min_rows": 2, "max_rows": 4, "min_cols": 2, "max_cols": 4, "max_transforms": 1},
+            **dict.fromkeys(NOT_ASKED, -99.0),  # exponents: never
         },
     }
-    config.tasks = {"train": 3000, "preference": 300, "test": 64, "seed": 0}  # of each family
-    config.preferences = {"samples": 2, "temperature": 1.0, "threshold": 0.9}
+    config.tasks = {"train": 3000, "preference": 400, "test": 64, "seed": 0}  # of each family
+    config.preferences = {"samples": 2, "temperature": 1.3, "threshold": 0.6}
     config.stages = {"sft": sft, "cap": cap, "dpo": dpo}
     config.arms = {
         "sft": {"stage": "sft", "start": "base", "changes": {}},

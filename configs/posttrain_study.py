@@ -20,10 +20,10 @@ def get_config():
     with config.unlocked():
         config.workdir = "runs/posttrain-study"
         config.seeds = (0, 1, 2)
-        config.tasks.train, config.tasks.test = 10_000, 100
+        config.tasks.train, config.tasks.test = 5000, 100
         config.decoding.every_pair = True
-        config.stages.sft.schedule.sft_tokens = 1_500_000
-        config.stages.cap.schedule.cap_tokens = 400_000
+        config.stages.sft.schedule.sft_tokens = 300_000
+        config.stages.cap.schedule.cap_tokens = 100_000
         config.arms = {
             "sft": _arm("sft", "base"),
             **_noise(),
