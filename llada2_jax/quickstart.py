@@ -425,7 +425,7 @@ def _measure_speed(results, report: ReportConfig, cfg: TrainConfig, merged) -> N
     options = {"max_new_tokens": report.speed_tokens, "stop_on_eos": False, "threshold": 0.9}
     before = compile_count()
     timed = {}
-    for name, cache in (("cached", True), ("uncached", False)):
+    for name, cache in progress.bar([("cached", True), ("uncached", False)], "speed", unit="way"):
         engine.generate([prompt], cache=cache, **options)
         if cache:
             engine.generate([prompt], **{**options, "threshold": 0.7})  # data: compiles nothing
