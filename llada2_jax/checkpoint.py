@@ -34,7 +34,7 @@ import numpy as np
 import tensorstore as ts
 from flax import nnx
 
-from llada2_jax import checksums
+from llada2_jax import checksums, typed
 from llada2_jax.config import model_dict
 from llada2_jax.folders import (
     CHECKSUMS,
@@ -47,7 +47,7 @@ from llada2_jax.folders import (
     replacing,
     require_checkpoint,
 )
-from llada2_jax.types import LoRAConfig, ModelConfig, Params, RopeScaling, SpecialTokens
+from llada2_jax.types import ModelConfig, Params, SpecialTokens
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 << 20  # small enough to stream, large enough that mini is hundreds of files
@@ -121,18 +121,13 @@ class ModelBundle:
                 f"model item: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
                 "use the release that wrote it, or convert the checkpoint again"
             )
-        config = dict(_mapping(model, "config"))
-        if config.get("rope_scaling") is not None:
-            config["rope_scaling"] = _dataclass(
-                RopeScaling, config["rope_scaling"], "config.rope_scaling"
-            )
-        if config.get("lora") is not None:
-            lora = _dataclass(LoRAConfig, config["lora"], "config.lora")
-            config["lora"] = dataclasses.replace(lora, modules=tuple(lora.modules))
+        build = functools.partial(typed.build, error=CheckpointError)
         return cls(
-            config=_dataclass(ModelConfig, config, "config"),
+            config=build(ModelConfig, _mapping(model, "config"), "model item: config"),
             params=params,
-            special=_dataclass(SpecialTokens, _mapping(model, "special_tokens"), "special_tokens"),
+            special=build(
+                SpecialTokens, _mapping(model, "special_tokens"), "model item: special_tokens"
+            ),
             tokenizer_files=dict(tokenizer),
             **{
                 name: dict(_mapping(model, name, {}))
@@ -149,21 +144,6 @@ def _mapping(
         problem = "missing" if field not in item else f"{value!r}, not an object"
         raise CheckpointError(f"model item: the field {field!r} is {problem}; convert it again")
     return value
-
-
-def _dataclass(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise CheckpointError(f"model item: {where} is {values!r}, not an object")
-    known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise CheckpointError(
-            f"model item: {where} has fields that this version does not know: {', '.join(unknown)}"
-        )
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise CheckpointError(f"model item: {where}: {error}") from None
 
 
 # ---- paths of parameters -------------------------------------------------------------------------

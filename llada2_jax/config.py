@@ -12,20 +12,16 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import math
-import types
-import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from llada2_jax import mask_embedding, remat
+from llada2_jax import mask_embedding, model_check, typed
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.errors import UserError
 from llada2_jax.types import LoRAConfig, ModelConfig
-from pallas_kernels import block_attention, grouped_matmul
 
 
 class ConfigError(UserError, ValueError):
@@ -424,8 +420,8 @@ def default_config() -> ml_collections.ConfigDict:
 
 def model_dict(cfg: ModelConfig) -> dict[str, Any]:
     """The architecture fields of a ModelConfig, as `config.model` takes them."""
-    fields = dataclasses.asdict(cfg)
-    return {k: v for k, v in fields.items() if k not in _fields(RuntimeConfig) | {"lora"}}
+    values = dataclasses.asdict(cfg)
+    return {k: v for k, v in values.items() if k not in typed.names(RuntimeConfig) | {"lora"}}
 
 
 def load_config(
@@ -456,50 +452,25 @@ def validate(config: ml_collections.ConfigDict) -> TrainConfig:
     return cfg
 
 
-def _fields(cls) -> set[str]:
-    return {f.name for f in dataclasses.fields(cls)}
-
-
 def from_dict[T](cls: type[T], values: dict[str, Any], where: str) -> T:
     """A dataclass from {field: value}. where: what the dict is called in messages.
 
     Raises: ConfigError for unknown fields, missing ones and wrong types.
     """
-    unknown = sorted(set(values) - _fields(cls))
-    if unknown:
-        known = ", ".join(sorted(_fields(cls)))
-        raise ConfigError(f"{where}.{unknown[0]} is not a field; {where} has: {known}")
-    hints = typing.get_type_hints(cls)
-    built = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
-    try:
-        return cls(**built)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    return typed.build(cls, values, where, ConfigError)
 
 
-def _convert(hint, value, where: str):
-    """`value` as the declared type, or a ConfigError; nothing is coerced but int to float."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}={value!r} must be a group of fields")
-        return from_dict(hint, value, where)
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            raise ConfigError(f"{where}={value!r} must be a tuple")
-        item = typing.get_args(hint)[0]
-        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict and not isinstance(value, dict):
-        raise ConfigError(f"{where}={value!r} must be a group of fields")
-    if origin in (typing.Union, types.UnionType) or origin is dict:
-        return value
-    if hint is float and type(value) is int and abs(value) <= 2**53:
-        value = float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}={value!r} must be finite")
-    return value
+def configured_model(cfg: TrainConfig) -> ModelConfig:
+    """The model of config.model, computed as config.runtime says.
+
+    Raises: ConfigError that names what no such model can have.
+    """
+    elsewhere = {f"runtime.{name}": name for name in typed.names(RuntimeConfig)} | {"lora": "lora"}
+    for group, name in elsewhere.items():
+        _require(name not in cfg.model, f"config.model.{name} is not read: set config.{group}")
+    model = from_dict(ModelConfig, cfg.model | dataclasses.asdict(cfg.runtime), "config.model")
+    model_check.check_model(model, "config.model.", ConfigError)
+    return model
 
 
 CHOICES = {
@@ -519,11 +490,8 @@ CHOICES = {
     "spikes.expert_overflow": ("ignore", "skip", "rollback", "stop"),
     "spikes.grad_norm": ("ignore", "skip", "rollback", "stop"),
     "reference.memory": ("device", "host"),
-    "runtime.attention_backend": block_attention.BACKENDS,
-    "runtime.expert_exchange": ("auto", "gather", "ragged"),
-    "runtime.experts_backend": grouped_matmul.BACKENDS,
-    "runtime.remat": tuple(remat.POLICIES),
-    "runtime.dtype": ("bfloat16", "float32"),
+    **{f"runtime.{name}": choices for name, choices in model_check.CHOICES.items()},
+    "runtime.dtype": ("bfloat16", "float32"),  # training in float16 would have to scale the loss
     "runtime.param_dtype": ("bfloat16", "float32"),
 }
 # What a number must be, in words, and the fields that it holds for.
@@ -799,6 +767,8 @@ def _check(cfg: TrainConfig) -> None:
         bool(cfg.init.checkpoint) != bool(cfg.model),
         "set exactly one of config.init.checkpoint (start from it) and config.model (from scratch)",
     )
+    if cfg.model:
+        configured_model(cfg)
     _require(
         not cfg.optimizer.learning_rate_from_start or bool(cfg.init.checkpoint),
         "config.optimizer.learning_rate_from_start: config.init.checkpoint is empty",

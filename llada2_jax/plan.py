@@ -25,7 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from llada2_jax.architectures import ARCHITECTURES
-from llada2_jax.config import ConfigError, MeshConfig, Phase, TrainConfig, validate
+from llada2_jax.config import (
+    ConfigError,
+    MeshConfig,
+    Phase,
+    TrainConfig,
+    configured_model,
+    validate,
+)
 from llada2_jax.costs import (
     ASSUMPTIONS,
     Roofline,
@@ -188,9 +195,9 @@ def planned_model(cfg: TrainConfig) -> ModelConfig:
 
     Raises: ConfigError if neither the checkpoint nor config.init.architecture tells its shapes.
     """
-    runtime = dataclasses.asdict(cfg.runtime)
     if cfg.model:
-        return ModelConfig(**cfg.model, **runtime)
+        return configured_model(cfg)
+    runtime = dataclasses.asdict(cfg.runtime)
     if Path(cfg.init.checkpoint).is_dir():
         return dataclasses.replace(load_bundle(cfg.init.checkpoint).config, **runtime)
     if cfg.init.architecture:

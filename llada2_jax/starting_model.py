@@ -12,7 +12,13 @@ from jax.sharding import Mesh
 
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import ConfigError, TrainConfig, check_unread, model_dict
+from llada2_jax.config import (
+    ConfigError,
+    TrainConfig,
+    check_unread,
+    configured_model,
+    model_dict,
+)
 from llada2_jax.decoding_rules import THRESHOLD
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.config import config_to_hf, special_tokens
@@ -44,10 +50,7 @@ def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
         provenance = bundle.provenance | {"checksums": bundle.checksums()}
         bundle = dataclasses.replace(bundle, provenance=provenance)
         return _describe(_initialise_mask(bundle, cfg), cfg)
-    try:
-        model = ModelConfig(**cfg.model, **runtime)
-    except TypeError as error:
-        raise ConfigError(f"config.model: {error}") from error
+    model = configured_model(cfg)
     _check_model(cfg, model, mesh)
     files = read_tokenizer_files(Path(cfg.data.tokenizer))
     if "tokenizer.json" not in files:

@@ -10,11 +10,14 @@ import dataclasses
 import json
 import logging
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any
 
+from llada2_jax import typed
 from llada2_jax.checkpoint import CheckpointError
 from llada2_jax.config import model_dict
+from llada2_jax.model_check import check_model
 from llada2_jax.types import DTYPES, ModelConfig, RopeScaling, SpecialTokens
 
 MODEL_TYPES = ("llada2_moe", "bailing_moe_v2", "llada2_moe_veomni")
@@ -45,6 +48,7 @@ _FIELDS = {
     "rms_norm_eps": "rms_norm_eps",
     "max_position_embeddings": "max_position_embeddings",
 }
+_FIELD_OF = {ours: theirs for theirs, ours in _FIELDS.items()}
 # Fields that may be absent, and what the released model files take then.
 _DEFAULTS = {"norm_topk_prob": True, "tie_word_embeddings": False, "initializer_range": 0.02}
 
@@ -65,6 +69,7 @@ _FIXED: dict[str, Any] = {
     "rope_interleaved": False,
 }
 
+_HINTS = typing.get_type_hints(ModelConfig)
 _log = logging.getLogger(__name__)
 
 
@@ -80,22 +85,27 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if hf.get("model_type") not in MODEL_TYPES:
         raise _bad("model_type", hf.get("model_type"), f"known are {', '.join(MODEL_TYPES)}")
     _check_fixed(hf)
-    values = {ours: _required(hf, name) for name, ours in _FIELDS.items()}
-    values |= {name: hf.get(name, default) for name, default in _DEFAULTS.items()}
-    head_dim = hf.get("head_dim") or _head_dim(hf)
-    dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+    values = {ours: _required(hf, name, _HINTS[ours]) for name, ours in _FIELDS.items()}
+    for name, default in _DEFAULTS.items():
+        value = _value(hf, name, _HINTS[name])
+        values[name] = default if value is None else value
+    head_dim = _head_dim(hf)
+    dtype = _value(hf, "dtype", str) or _value(hf, "torch_dtype", str) or "float32"
+    dtype = dtype.removeprefix("torch.")
     if dtype not in DTYPES:
         raise _bad("torch_dtype", dtype, f"use one of {', '.join(DTYPES)}")
+    theta = _value(_rope(hf), "rope_theta", float)
     cfg = ModelConfig(
         **values,
         head_dim=head_dim,
         partial_rotary_factor=_rotary_factor(hf, head_dim),
-        rope_theta=float(_rope(hf).get("rope_theta") or _required(hf, "rope_theta")),
+        rope_theta=_required(hf, "rope_theta", float) if theta is None else theta,
         rope_scaling=_rope_scaling(hf),
         dtype=dtype,
         param_dtype=dtype,
     )
-    _check_consistent(hf, cfg)
+    check_model(cfg, "config.json: ", CheckpointError, _FIELD_OF)
+    _check_restated(hf, cfg)
     return cfg
 
 
@@ -103,10 +113,19 @@ def _bad(field: str, value: Any, way_out: str) -> CheckpointError:
     return CheckpointError(f"config.json: {field} is {value!r}; {way_out}")
 
 
-def _required(hf: Mapping[str, Any], field: str) -> Any:
-    if hf.get(field) is None:
+def _value(hf: Mapping[str, Any], field: str, hint: type, group: str = "") -> Any:
+    """The field, None where it is absent or null. Raises: CheckpointError for another type."""
+    value = hf.get(field)
+    if value is None:
+        return None
+    return typed.convert(hint, value, f"config.json: {group}{field}", CheckpointError)
+
+
+def _required(hf: Mapping[str, Any], field: str, hint: type) -> Any:
+    value = _value(hf, field, hint)
+    if value is None:
         raise CheckpointError(f"config.json: the field {field!r} is missing")
-    return hf[field]
+    return value
 
 
 def _check_fixed(hf: Mapping[str, Any]) -> None:
@@ -118,8 +137,11 @@ def _check_fixed(hf: Mapping[str, Any]) -> None:
 
 
 def _head_dim(hf: Mapping[str, Any]) -> int:
-    hidden, heads = _required(hf, "hidden_size"), _required(hf, "num_attention_heads")
-    if hidden % heads:
+    stated = _value(hf, "head_dim", int)
+    if stated is not None:
+        return stated
+    hidden, heads = (_required(hf, name, int) for name in ("hidden_size", "num_attention_heads"))
+    if heads < 1 or hidden % heads:
         raise CheckpointError(
             f"config.json: head_dim is missing, and hidden_size {hidden} is no multiple of "
             f"num_attention_heads {heads}"
@@ -127,25 +149,19 @@ def _head_dim(hf: Mapping[str, Any]) -> int:
     return hidden // heads
 
 
-def _check_consistent(hf: Mapping[str, Any], cfg: ModelConfig) -> None:
-    for field, limit, what in (
-        ("num_attention_heads", cfg.num_kv_heads, "num_key_value_heads"),
-        ("num_experts", cfg.n_group, "n_group"),
-    ):
-        if limit < 1 or hf[field] % limit:
-            raise _bad(field, hf[field], f"it must be a multiple of {what}, {limit}")
-    if not 1 <= cfg.topk_group <= cfg.n_group:
-        raise _bad("topk_group", cfg.topk_group, f"it must be 1..n_group, {cfg.n_group}")
-    choice = cfg.topk_group * cfg.num_experts // cfg.n_group
-    if not 1 <= cfg.experts_per_token <= choice:
-        raise _bad("num_experts_per_tok", cfg.experts_per_token, f"{choice} experts can be chosen")
-    shared = hf.get("moe_shared_expert_intermediate_size")
+def _check_restated(hf: Mapping[str, Any], cfg: ModelConfig) -> None:
+    """What files say a second time in other words."""
+    shared = _value(hf, "moe_shared_expert_intermediate_size", int)
     if shared is not None and cfg.num_shared_experts and shared != cfg.moe_intermediate_size:
         raise _bad(
             "moe_shared_expert_intermediate_size",
             shared,
             f"shared experts are as wide as the others, {cfg.moe_intermediate_size}",
         )
+    rotary_dim = _value(hf, "rotary_dim", int)
+    if rotary_dim is not None and rotary_dim != cfg.rotary_dim:
+        product = f"{cfg.head_dim} · {cfg.partial_rotary_factor}"
+        raise _bad("rotary_dim", rotary_dim, f"head_dim · partial_rotary_factor is {product}")
 
 
 # ---- rotary embedding ----------------------------------------------------------------------------
@@ -156,7 +172,7 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
 
     Some new files have both; they must agree then.
     """
-    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    new, old = (_value(hf, name, dict) or {} for name in ("rope_parameters", "rope_scaling"))
     for key in set(new) & set(old):
         if new[key] != old[key]:
             raise _bad(f"rope_parameters.{key}", new[key], f"rope_scaling.{key} is {old[key]!r}")
@@ -164,15 +180,12 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rotary_factor(hf: Mapping[str, Any], head_dim: int) -> float:
-    factor = _rope(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    rotary_dim = hf.get("rotary_dim")
-    if factor is None:
-        factor = 0.5 if rotary_dim is None else rotary_dim / head_dim
-    if rotary_dim is not None and rotary_dim != int(head_dim * factor):
-        raise _bad("rotary_dim", rotary_dim, f"head_dim · partial_rotary_factor is {factor}")
-    if not 0 < factor <= 1 or int(head_dim * factor) % 2:
-        raise _bad("partial_rotary_factor", factor, f"it must cut head_dim {head_dim} evenly")
-    return float(factor)
+    for place in (_rope(hf), hf):
+        factor = _value(place, "partial_rotary_factor", float)
+        if factor is not None:
+            return factor
+    rotary_dim = _value(hf, "rotary_dim", int)
+    return 0.5 if rotary_dim is None or head_dim < 1 else rotary_dim / head_dim
 
 
 _YARN_FIELDS = {
@@ -198,30 +211,38 @@ def _rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
     return RopeScaling(
         factor=factor,
         original_max_position_embeddings=original,
-        beta_fast=float(rope.get("beta_fast") or 32.0),
-        beta_slow=float(rope.get("beta_slow") or 1.0),
+        beta_fast=_yarn(rope, "beta_fast") or 32.0,
+        beta_slow=_yarn(rope, "beta_slow") or 1.0,
         attention_factor=_attention_factor(rope, factor),
     )
+
+
+def _yarn(rope: Mapping[str, Any], field: str, hint: type = float) -> Any:
+    """A number of rope_scaling, None where it is absent; Hugging Face takes 0 for absent too."""
+    value = _value(rope, field, hint, "rope_scaling.")
+    if value is not None and value < 0:
+        raise _bad(f"rope_scaling.{field}", value, "it must not be negative")
+    return value or None
 
 
 def _yarn_factor(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[float, int]:
     """The factor and the original context. As in Hugging Face's utilities, an explicit original
     context makes the factor the ratio of the two contexts, whatever `factor` says."""
-    longest = _required(hf, "max_position_embeddings")
-    original = rope.get("original_max_position_embeddings")
+    longest = _required(hf, "max_position_embeddings", int)
+    stated = _yarn(rope, "factor")
+    original = _yarn(rope, "original_max_position_embeddings", int)
     if original is None:
-        if rope.get("factor") is None:
+        if stated is None:
             raise CheckpointError("config.json: rope_scaling needs 'factor'")
-        return float(rope["factor"]), longest
+        return stated, longest
     factor = longest / original
     if factor < 1:
         raise _bad(
             "max_position_embeddings",
             longest,
             f"it is the extended context, and YaRN's original context is {original} already; "
-            f"set it to {math.ceil(original * float(rope.get('factor') or 1))}",
+            f"set it to {original * (stated or 1):.0f}",
         )
-    stated = rope.get("factor")
     if stated is not None and not math.isclose(stated, factor):
         _log.warning(
             "config.json: rope_scaling.factor %s is not used: max_position_embeddings / "
@@ -233,11 +254,11 @@ def _yarn_factor(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[float,
 
 
 def _attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    if not mscale or not all_dim:
-        return None
+    stated, mscale, all_dim = (
+        _yarn(rope, name) for name in ("attention_factor", "mscale", "mscale_all_dim")
+    )
+    if stated is not None or mscale is None or all_dim is None:
+        return stated
     scale = 0.1 * math.log(factor) if factor > 1 else 0.0
     return (scale * mscale + 1.0) / (scale * all_dim + 1.0)
 
@@ -321,23 +342,24 @@ def special_tokens(
 ) -> SpecialTokens:
     """Ids with a meaning.
 
-    mask: the tokenizer's `<|mask|>` (or mask_token); where it has none, `mask_id`; else the
-    config's mask_token_id. eos, pad: explicit, else the config, else the tokenizer; one stands for
+    mask: the tokenizer's `<|mask|>` (or mask_token), where the config's mask_token_id is the same,
+    absent, or overruled by `mask_id`; where the tokenizer has none, `mask_id`, else the config's.
+    eos, pad: explicit, else the config, else the tokenizer; one stands for
     the other where only one is named, as LLaDA2's eos is its pad.
 
-    Raises: CheckpointError for no mask id at all, an explicit id that the tokenizer contradicts,
-    a mask id that means something else (Ling's `<|role_end|>` sits on LLaDA2's), ids beyond the
-    vocabulary, no eos and no pad.
+    Raises: CheckpointError for no mask id at all, one that the tokenizer contradicts, a mask id
+    that means something else (Ling's `<|role_end|>` sits on LLaDA2's), ids that are no integers or
+    beyond the vocabulary, no eos and no pad, tokenizer files that cannot be read.
     """
     tokenizer = TokenizerInfo(tokenizer_files)
-    eos = _first(eos_id, hf.get("eos_token_id"), tokenizer.id_of("eos_token"))
-    pad = _first(pad_id, hf.get("pad_token_id"), tokenizer.id_of("pad_token"), eos)
+    eos = _first(eos_id, _token_id(hf, "eos_token_id"), tokenizer.id_of("eos_token"))
+    pad = _first(pad_id, _token_id(hf, "pad_token_id"), tokenizer.id_of("pad_token"), eos)
     eos = _first(eos, pad)
     if eos is None or pad is None:
         raise CheckpointError("no eos id: config.json has neither eos_token_id nor pad_token_id")
-    bos = _first(hf.get("bos_token_id"), tokenizer.id_of("bos_token"))
+    bos = _first(_token_id(hf, "bos_token_id"), tokenizer.id_of("bos_token"))
     mask = _mask_id(hf, tokenizer, mask_id)
-    vocab = _required(hf, "vocab_size")
+    vocab = _required(hf, "vocab_size", int)
     for field, value in (("mask", mask), ("eos", eos), ("pad", pad), ("bos", bos)):
         if value is not None and not 0 <= value < vocab:
             raise CheckpointError(
@@ -358,26 +380,34 @@ def special_tokens(
     return SpecialTokens(mask=mask, eos=eos, pad=pad, bos=bos)
 
 
-def _first(*values: Any) -> int | None:
-    """The first id that is there; a list of ids counts as its first."""
-    for value in values:
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, int):
-            return value
-    return None
+def _first(*ids: int | None) -> int | None:
+    """The first id that is there."""
+    return next((i for i in ids if i is not None), None)
+
+
+def _token_id(hf: Mapping[str, Any], field: str) -> int | None:
+    """An id of config.json; of a list of ids the first."""
+    value = hf.get(field)
+    return _value({field: value[0]} if isinstance(value, list) and value else hf, field, int)
 
 
 def _mask_id(hf: Mapping[str, Any], tokenizer: TokenizerInfo, explicit: int | None) -> int:
-    own = tokenizer.mask_id
+    own, stated = tokenizer.mask_id, _token_id(hf, "mask_token_id")
     if own is not None:
-        if explicit is not None and explicit != own:
+        if explicit not in (None, own):
             raise CheckpointError(
                 f"mask id {explicit} was asked for, but the tokenizer's {tokenizer.text(own)!r} "
                 f"is {own} (and {explicit} is {tokenizer.text(explicit)!r}); drop --mask-id"
             )
+        if explicit is None and stated not in (None, own):
+            raise _bad(
+                "mask_token_id",
+                stated,
+                f"the tokenizer's {tokenizer.text(own)!r} is {own}: if that is right, give "
+                f"--mask-id {own}, else the model's own tokenizer by --tokenizer",
+            )
         return own
-    chosen = _first(explicit, hf.get("mask_token_id"))
+    chosen = _first(explicit, stated)
     if chosen is None:
         raise CheckpointError(
             f"no mask id: the tokenizer has no {MASK_TOKEN} and config.json no mask_token_id; "
@@ -393,21 +423,32 @@ def _mask_id(hf: Mapping[str, Any], tokenizer: TokenizerInfo, explicit: int | No
 
 
 class TokenizerInfo:
-    """What the tokenizer files say about ids; knows nothing where there are none."""
+    """What the tokenizer files say about ids; knows nothing where there are none.
+
+    Raises: CheckpointError for files that are not as the tokenizers library writes them.
+    """
 
     def __init__(self, files: Mapping[str, str]):
-        self._json = _parse(files, "tokenizer.json")
-        self._config = _parse(files, "tokenizer_config.json")
-        self._map = _parse(files, "special_tokens_map.json")
-        self._added: dict[int, dict[str, Any]] = {}
-        for key, token in (self._config.get("added_tokens_decoder") or {}).items():
-            self._added[int(key)] = token
-        for token in self._json.get("added_tokens") or []:
-            self._added[token["id"]] = token
-        vocab = (self._json.get("model") or {}).get("vocab") or {}
+        parsed = {name: _parse(files, name) for name in _TOKENIZER_JSON}
+        try:
+            self._read(*parsed.values())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{', '.join(name for name in parsed if name in files)}: not as the tokenizers "
+                f"library writes them, or damaged: {error!r}"
+            ) from None
+
+    def _read(self, tokenizer: dict, config: dict, special: dict) -> None:
+        self._roles = special | {role: token for role, token in config.items() if token}
+        self._added = {int(i): t for i, t in (config.get("added_tokens_decoder") or {}).items()}
+        self._added |= {token["id"]: token for token in tokenizer.get("added_tokens") or []}
+        vocab = (tokenizer.get("model") or {}).get("vocab") or {}
         if isinstance(vocab, list):  # Unigram: [[token, score], ...]
             vocab = {token: i for i, (token, _) in enumerate(vocab)}
         self._ids = dict(vocab) | {t["content"]: i for i, t in self._added.items()}
+        for token, token_id in self._ids.items():
+            if type(token) is not str or type(token_id) is not int:
+                raise TypeError(f"the id of {token!r} is {token_id!r}")
         self._texts = {i: token for token, i in self._ids.items()}
 
     def text(self, token_id: int) -> str | None:
@@ -415,9 +456,9 @@ class TokenizerInfo:
 
     def id_of(self, role: str) -> int | None:
         """The id of `eos_token` and the like."""
-        token = self._config.get(role) or self._map.get(role)
+        token = self._roles.get(role)
         token = token.get("content") if isinstance(token, dict) else token
-        return self._ids.get(token) if token is not None else None
+        return self._ids.get(token) if isinstance(token, str) else None
 
     @property
     def mask_id(self) -> int | None:
@@ -436,10 +477,16 @@ class TokenizerInfo:
         return not any(word in token["content"].lower() for word in free)
 
 
+_TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
 def _parse(files: Mapping[str, str], name: str) -> dict[str, Any]:
     if name not in files:
         return {}
     try:
-        return json.loads(files[name])
-    except json.JSONDecodeError as error:
+        value = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} holds a {type(value).__name__}, not a JSON object")
+    return value

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from llada2_jax import checkpoint, folders
+from llada2_jax import checkpoint, folders, typed
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
 from llada2_jax.folders import HF_CONFIG, HF_GENERATION, is_hf_folder, read_json
 from llada2_jax.hub.adapted import AdaptedSource, merged_description
@@ -18,6 +18,7 @@ from llada2_jax.hub.config import config_from_hf, special_tokens
 from llada2_jax.hub.huggingface import HFModel, read_tokenizer_files
 from llada2_jax.hub.placing import read_placed
 from llada2_jax.model import build
+from llada2_jax.model_check import check_model
 from llada2_jax.types import ModelConfig
 
 
@@ -127,11 +128,10 @@ def _own_bundle(path: Path, **ids: int | None) -> ModelBundle:
 
 
 def _override(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise CheckpointError(f"load_model: ModelConfig has no field {', '.join(unknown)}")
-    return dataclasses.replace(config, **overrides)
+    values = {name: getattr(config, name) for name in typed.names(ModelConfig)} | overrides
+    config = typed.build(ModelConfig, values, "load_model: config", CheckpointError)
+    check_model(config, "load_model: config.", CheckpointError)
+    return config
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -88,8 +88,15 @@ def test_overrides_change_the_config_and_the_dtype(tmp_path, bundle):
     loaded = load_model(tmp_path / "m", param_dtype="bfloat16", remat="full")
     assert loaded.config.remat == "full"
     assert checkpoint.flatten(loaded.params)["embedding"].dtype == jax.numpy.bfloat16
-    with pytest.raises(CheckpointError, match="no field hidden"):
-        load_model(tmp_path / "m", hidden=3)
+    for override, message in (
+        ({"hidden": 3}, r"config\.hidden is not a field"),
+        ({"attention_backend": "nope"}, r"attention_backend is 'nope'; choose one of auto"),
+        ({"dtype": "int8"}, "dtype is 'int8'; choose one of bfloat16"),
+        ({"remat": "x"}, "remat is 'x'; choose one of none"),
+        ({"num_layers": "3"}, "num_layers='3' must be of type int"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_model(tmp_path / "m", **override)
     with pytest.raises(CheckpointError, match=r"embedding has shape \(24, 16\).*\(25, 16\)"):
         load_model(tmp_path / "m", vocab_size=25)
 
@@ -178,7 +185,8 @@ def test_a_missing_item_is_named(tmp_path, bundle):
     [
         ({"format_version": 99}, "format_version is 99"),
         ({"special_tokens": {"mask": 1}}, "special_tokens"),
-        ({"config": {"hidden": 3}}, "config has fields .* hidden"),
+        ({"config": {"hidden": 3}}, r"config\.hidden is not a field"),
+        ({"config": {}}, r"config\.vocab_size is missing"),
     ],
 )
 def test_a_model_item_from_elsewhere_is_refused(bundle, change, message):

@@ -32,7 +32,7 @@ from llada2_jax.schedules import embedding_noise_sigma
 from llada2_jax.sharding import make_mesh
 from llada2_jax.starting_model import starting_bundle
 from llada2_jax.train_step import init_state, make_context, make_train_step
-from llada2_jax.types import Batch, ModelConfig
+from llada2_jax.types import Batch, ModelConfig, RopeScaling
 from tests.helpers import TINY
 from tests.helpers import config as tiny
 
@@ -315,6 +315,42 @@ def test_noise_is_not_negative(field):
     fields[f"embedding_noise__{field}"] = -1
     with pytest.raises(ConfigError, match=rf"embedding_noise\.{field}=-1.* must not be negative"):
         validate(make(**fields))
+
+
+YARN = {"factor": 2.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_group": 3}, r"config\.model\.num_experts is 4; .* n_group=3"),
+        ({"num_heads": 3, "num_kv_heads": 2}, "num_heads is 3; .* num_kv_heads=2"),
+        ({"topk_group": 9}, "topk_group is 9; it must be at most n_group=2"),
+        ({"experts_per_token": 99}, "experts_per_token is 99; .* among 2 experts"),
+        ({"initializer_range": -1.0}, "initializer_range is -1.0; it must not be negative"),
+        ({"hidden_size": "16"}, "hidden_size='16' must be of type int"),
+        ({"partial_rotary_factor": 0.1}, "partial_rotary_factor is 0.1; .* head_dim=8"),
+        ({"rope_theta": 1}, "rope_theta is 1.0; it must be more than 1"),
+        ({"rope_scaling": {}}, r"config\.model\.rope_scaling\.factor is missing"),
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "beta_fast is 0.5; .* beta_slow=1.0"),
+        ({"hidden": 16}, r"config\.model\.hidden is not a field"),
+        ({"remat": "full"}, r"config\.model\.remat is not read: set config\.runtime\.remat"),
+    ],
+)
+def test_a_model_that_cannot_be_is_named(change, message):
+    config = make()
+    with config.unlocked():
+        config.model = config.model.to_dict() | change
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
+
+
+def test_a_configured_model_has_its_types():
+    config = make()
+    with config.unlocked():
+        config.model.rope_scaling = YARN
+    cfg = validate(config)
+    assert planned_model(cfg).rope_scaling == RopeScaling(2.0, 8192)
 
 
 def test_rows_fit_the_models_positions():

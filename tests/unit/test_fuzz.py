@@ -17,6 +17,7 @@ from llada2_jax import checkpoint
 from llada2_jax.checkpoint import ArraySpec, CheckpointError, ModelBundle, ParamReader
 from llada2_jax.config import ConfigError, TrainConfig, default_config, model_dict, validate
 from llada2_jax.errors import UserError
+from llada2_jax.hub.config import config_from_hf, config_to_hf, special_tokens
 from llada2_jax.hub.safetensors_files import INDEX, TensorFolder, TensorFolderWriter
 from llada2_jax.merge import select_best
 from llada2_jax.train import parse_flags
@@ -42,7 +43,7 @@ def field_paths(config, path="") -> list[str]:
     for name, value in config.items():
         child = f"{path}.{name}" if path else name
         paths.append(child)
-        if isinstance(value, ml_collections.ConfigDict) and name != "model":
+        if isinstance(value, ml_collections.ConfigDict):
             paths += field_paths(value, child)
     return paths
 
@@ -58,6 +59,8 @@ PATHS = field_paths(base_config())
 @example(path="optimizer.learning_rate", value=10**400)
 @example(path="schedule.ar_tokens", value=-1)
 @example(path="model", value=[])
+@example(path="model.rope_scaling", value={"factor": 2.0})
+@example(path="model.n_group", value=3)
 def test_a_field_of_any_value(path, value):
     config = base_config()
     *groups, name = path.split(".")
@@ -181,6 +184,57 @@ def test_an_index_of_any_json(tmp_path_factory, tensors, index):
         read_everything(folder)
     except CheckpointError as error:
         assert str(folder) in str(error)
+
+
+# ---- Hugging Face's descriptions -----------------------------------------------------------------
+
+HF = config_to_hf(TINY, SpecialTokens(mask=15, eos=14, pad=13))
+YARN = {"type": "yarn", "factor": 2.0}
+yarn_fields = ("factor", "beta_fast", "mscale", "mscale_all_dim", "attention_factor", "type")
+
+
+@fuzz
+@given(field=st.sampled_from([*HF, "rope_parameters", "dtype"]), value=json_values)
+@example(field="num_attention_heads", value=0)
+@example(field="rope_theta", value="abc")
+@example(field="rope_scaling", value=YARN | {"original_max_position_embeddings": 10**400})
+@example(field="rope_scaling", value=YARN | {"original_max_position_embeddings": 0})
+@example(field="rope_scaling", value=YARN | {"mscale": 1, "mscale_all_dim": -14.5})
+def test_a_config_json_with_a_field_of_any_json(field, value):
+    read(HF | {field: value})
+
+
+@fuzz
+@given(st.dictionaries(st.sampled_from(yarn_fields), scalars))
+def test_a_rope_scaling_of_any_json(fields):
+    read(HF | {"rope_scaling": YARN | {"original_max_position_embeddings": 2**20} | fields})
+
+
+def read(hf) -> None:
+    try:
+        config_from_hf(hf)
+    except CheckpointError as error:
+        assert "config.json" in str(error)
+
+
+@fuzz
+@given(
+    field=st.sampled_from(["mask_token_id", "eos_token_id", "pad_token_id", "vocab_size"]),
+    value=json_values,
+    name=st.sampled_from(["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]),
+    file=json_values
+    | st.dictionaries(st.sampled_from(["added_tokens", "model", "mask_token"]), json_values)
+    | st.fixed_dictionaries({"added_tokens": st.lists(json_values, max_size=2)}),
+)
+@example(field="mask_token_id", value="5", name="tokenizer.json", file={})
+@example(field="eos_token_id", value=[[]], name="tokenizer.json", file=[])
+def test_ids_and_tokenizer_files_of_any_json(field, value, name, file):
+    try:
+        special = special_tokens(HF | {field: value}, {name: json.dumps(file)})
+    except CheckpointError as error:
+        assert str(error)
+    else:
+        assert all(type(i) is int for i in (special.mask, special.eos, special.pad))
 
 
 # ---- metadata of checkpoints ---------------------------------------------------------------------

@@ -390,7 +390,7 @@ def test_role_end_is_no_mask(tmp_path):
 
 def test_tokenizer_decides_the_mask(tmp_path):
     files = tokenizer({"<|mask|>": 19})
-    source = write_folder(tmp_path / "hf", files=files)
+    source = write_folder(tmp_path / "hf", files=files, mask_token_id=None)
     assert load_bundle(source).special.mask == 19
     message = refused(tmp_path, source, Options(mask_id=20))
     assert "'<|mask|>' is 19" in message

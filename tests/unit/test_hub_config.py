@@ -87,8 +87,8 @@ def test_new_style_rope_and_dtype():
         ({"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
         ({"rotary_dim": 32}, "rotary_dim is 32"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
-        ({"num_key_value_heads": 3}, "num_attention_heads is 16; .* num_key_value_heads, 3"),
-        ({"n_group": 7}, "num_experts is 256; .* n_group, 7"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 16; .* num_key_value_heads=3"),
+        ({"n_group": 7}, "num_experts is 256; .* n_group=7"),
         ({"topk_group": 9}, "topk_group is 9"),
         ({"num_experts_per_tok": 200}, "num_experts_per_tok is 200"),
         ({"moe_shared_expert_intermediate_size": 7}, "moe_shared_expert_intermediate_size is 7"),
@@ -96,6 +96,19 @@ def test_new_style_rope_and_dtype():
         ({"rope_scaling": {"rope_type": "yarn"}}, "needs 'factor'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "odd": 1}}, r"unknown fields: \['odd'\]"),
         ({"head_dim": None, "hidden_size": 2050}, "head_dim is missing"),
+        ({"head_dim": None, "num_attention_heads": 0}, "no multiple of num_attention_heads 0"),
+        ({"num_attention_heads": "16"}, "num_attention_heads='16' must be of type int"),
+        ({"hidden_size": "abc"}, "hidden_size='abc' must be of type int"),
+        ({"vocab_size": -5}, "vocab_size is -5; it must be positive"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5 must be of type int"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be of type bool"),
+        ({"num_shared_experts": -1}, "num_shared_experts is -1; it must not be negative"),
+        ({"rope_theta": "abc"}, "rope_theta='abc' must be of type float"),
+        ({"rope_scaling": [2]}, r"rope_scaling=\[2\] must be of type dict"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": "2"}},
+            "rope_scaling.factor='2' must be of type float",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_an_error_that_names_it(change, message):
@@ -210,6 +223,22 @@ def test_lings_role_end_is_not_taken_for_the_mask():
 def test_ids_that_cannot_be(ids, message):
     with pytest.raises(CheckpointError, match=message):
         special_tokens(MINI, {}, **ids)
+
+
+def test_the_config_and_the_tokenizer_agree_about_the_mask():
+    files = {"tokenizer.json": json.dumps({"added_tokens": [{"id": 5, "content": "<|mask|>"}]})}
+    for agreeing in (MINI, MINI | {"mask_token_id": 5}):
+        assert special_tokens(agreeing, files).mask == 5
+    with pytest.raises(CheckpointError, match=r"mask_token_id is 7; .*is 5.*--mask-id 5"):
+        special_tokens(MINI | {"mask_token_id": 7}, files)
+    assert special_tokens(MINI | {"mask_token_id": 7}, files, mask_id=5).mask == 5
+
+
+@pytest.mark.parametrize("field", ["mask", "eos", "pad", "bos"])
+@pytest.mark.parametrize("value", ["5", 5.0, True, [], ["5"]])
+def test_an_id_is_an_integer(field, value):
+    with pytest.raises(CheckpointError, match=rf"config\.json: {field}_token_id=.*type int"):
+        special_tokens(MINI | {f"{field}_token_id": value}, {}, mask_id=1)
 
 
 def test_no_eos_at_all():
