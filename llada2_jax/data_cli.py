@@ -22,6 +22,7 @@ from llada2_jax.data.examples import BAD_ROW_KINDS
 from llada2_jax.data.prepare import Job, prepare, remove
 from llada2_jax.data.prepared import prepared_tokenizer, read_manifest
 from llada2_jax.data.sources import FORMATS, SourceSpec, Unit
+from llada2_jax.data.tokenizer import vocab_size
 from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
 from llada2_jax.folders import is_checkpoint, is_hf_folder, is_run
 from llada2_jax.hub import load_bundle
@@ -186,7 +187,7 @@ def load_tokenizer(
     if "tokenizer.json" not in files:
         raise CheckpointError(f"--tokenizer {folder}: it holds no tokenizer.json")
     if special is None:
-        size = Tokenizer.from_str(files["tokenizer.json"]).get_vocab_size()
+        size = vocab_size(Tokenizer.from_str(files["tokenizer.json"]))
         special = special_tokens(
             {"vocab_size": size}, files, mask_id=mask_id, eos_id=eos_id, pad_id=pad_id
         )
@@ -309,7 +310,7 @@ def _report(corpus: Corpus, cfg: DataConfig) -> str:
     for name, values in corpus.report(cfg).items():
         parts = [f"{values['documents']:,} documents", f"{values['rows']:,} rows an epoch"]
         parts += [f"{values['fill']:.2%} full", f"{values['share']:.1%} of the rows"]
-        parts += [f"{values[k]:,} {k}" for k in ("skipped", "split", "prompt_only") if k in values]
+        parts += [f"{values[k]:,} {k}" for k in ("skipped", "split", "unsupervised") if k in values]
         lines.append(f"{name}: {', '.join(parts)}")
     return "\n".join(lines)
 

@@ -112,16 +112,17 @@ class BestFitRows:
     def report(self) -> dict[str, float]:
         """documents; rows of an epoch; fill: share of a row that is documents, without padding;
         skipped: documents beyond a row (also those that only prompts would be left of); split:
-        documents cut into several pieces; prompt_only: pieces without a supervised token, left out.
+        documents cut into several pieces; unsupervised: pieces before a document's first supervised
+        token or after its last, left out.
         """
-        _, skipped, split, prompt_only = self._cut
+        _, skipped, split, unsupervised = self._cut
         return {
             "documents": len(self.documents.ids),
             "rows": self.epoch_rows,
             "fill": self.epoch_tokens / (self.epoch_rows * self.row_length),
             "skipped": skipped,
             "split": split,
-            "prompt_only": prompt_only,
+            "unsupervised": unsupervised,
         }
 
     @property
@@ -134,7 +135,7 @@ class BestFitRows:
     @functools.cached_property
     def _cut(self) -> tuple[Pieces, int, int, int]:
         """Pieces of all documents; how many documents are skipped, how many split, and how many
-        pieces hold prompts only."""
+        pieces have nothing to learn in them or on one side of them."""
         lengths, chosen = self.documents.lengths, self.documents.chosen
         size = self._rounded(chosen) + self._rounded(lengths - chosen)
         long = size > self.row_length // self.multiple
@@ -155,6 +156,7 @@ class BestFitRows:
         stop = np.minimum(start + self.row_length, lengths[document])
         stop = np.where(split[document], stop, lengths[document])
         learns = stop > self.documents.first_supervised[document]
+        learns &= start < self.documents.supervised_end[document]
         document, start, stop = document[learns], start[learns], stop[learns]
         if not len(document):
             raise ValueError(

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from llada2_jax.data.chat import LLADA2_TEMPLATE, ChatTemplate, ChatTokens, template_of
 from llada2_jax.data.examples import BadRow, Encoder, Example
 from llada2_jax.data.preferences import PreferencePairs
-from llada2_jax.data.tokenizer import encode_text
+from llada2_jax.data.tokenizer import encode_text, vocab_size
 from llada2_jax.types import SpecialTokens
 
 CONTENTS = ("text", "tokens", "chat", "preference")
@@ -55,7 +55,7 @@ def make_encoder(
     if options.content == "text":
         encode = TextRows(options, tokenizer, special)
     elif options.content == "tokens":
-        encode = TokenRows(options, tokenizer.get_vocab_size(), special)
+        encode = TokenRows(options, vocab_size(tokenizer), special)
     else:
         encode = _chat_encoder(options, tokenizer_files, tokenizer, special)
     return WithinRow(encode, options.row_length) if options.row_length else encode

@@ -51,6 +51,12 @@ class Example:
         at = np.flatnonzero(self.weights)
         return int(at[0]) if len(at) else len(self.tokens)
 
+    @property
+    def supervised_end(self) -> int:
+        """Offset after the last token with a weight; 0 if there is none."""
+        at = np.flatnonzero(self.weights)
+        return int(at[-1]) + 1 if len(at) else 0
+
 
 Encoder = Callable[[dict[str, Any]], Example]
 """Maps a row to an Example; raises BadRow."""

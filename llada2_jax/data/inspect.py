@@ -79,7 +79,7 @@ def as_text(pieces: Iterator[Run]) -> str:
         if run.supervised and not supervised:
             out.append("«")
             supervised = True
-        out.append(run.text if run.segment else "░")
+        out.append(_visible(run.text) if run.segment else "░")
     return "".join([*out, "»" if supervised else "", "⟧" if segment else ""])
 
 
@@ -103,7 +103,7 @@ def as_ansi(pieces: Iterator[Run]) -> str:
 
 
 def _visible(text: str) -> str:
-    """Control characters of a text must not reach the terminal."""
+    """Control characters of a text must not reach the terminal, or turn its direction."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -122,7 +122,7 @@ def _html_row(title: str, pieces: list[Run]) -> str:
         kind = ("loss " if run.supervised else "") + ("block" if run.block else "")
         out.append(
             f'<span class="{kind}" title="segment {run.segment}{_SIGN[run.preference]}" '
-            f'style="background:{colour}">{html.escape(run.text)}</span>'
+            f'style="background:{colour}">{html.escape(_visible(run.text))}</span>'
         )
     return "".join([*out, "</pre>"])
 

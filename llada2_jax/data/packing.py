@@ -27,8 +27,9 @@ class Documents(Protocol):
 
     ids: int32 [docs]. lengths: int64 [docs], in tokens. chosen: int64 [docs], length of the first
     of two texts (a preference pair), or 0. first_supervised: int64 [docs], offset of the first
-    token with a loss weight. digest: SHA-256 of all the documents, in hexadecimal. weighted:
-    whether there are weights other than 0 and 1. paired: whether the documents are pairs.
+    token with a loss weight. supervised_end: int64 [docs], offset after the last one. digest:
+    SHA-256 of all the documents, in hexadecimal. weighted: whether there are weights other than 0
+    and 1. paired: whether the documents are pairs.
     """
 
     @property
@@ -39,6 +40,8 @@ class Documents(Protocol):
     def chosen(self) -> np.ndarray: ...
     @property
     def first_supervised(self) -> np.ndarray: ...
+    @property
+    def supervised_end(self) -> np.ndarray: ...
     @property
     def digest(self) -> str: ...
     @property
@@ -73,6 +76,10 @@ class TokenizedDocuments:
     @property
     def first_supervised(self) -> np.ndarray:
         return np.zeros(len(self.ids), np.int64)
+
+    @property
+    def supervised_end(self) -> np.ndarray:
+        return self.lengths
 
     @property
     def digest(self) -> str:

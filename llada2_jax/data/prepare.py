@@ -12,6 +12,7 @@ import concurrent.futures
 import concurrent.futures.process
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ from llada2_jax.data.documents import stable_hash
 from llada2_jax.data.encoders import EncodeOptions, make_encoder
 from llada2_jax.data.examples import BAD_ROW_KINDS, BadRow, Encoder, Example, encode_record
 from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve_format
+from llada2_jax.data.tokenizer import vocab_size
 from llada2_jax.errors import UserError
 from llada2_jax.types import SpecialTokens
 
@@ -37,8 +39,9 @@ MANIFEST, PLAN, TOKENIZER = "manifest.json", "plan.json", "tokenizer"
 SPLITS = ("train", "validation")
 # Long texts are kept in records of this many tokens, so that a row never reads megabytes.
 CHUNK_TOKENS = 1 << 16
-# Fractions of bad rows are judged once this many rows were read, and at the end.
-ROWS_TO_JUDGE = 1000
+# Before the end, bad rows are judged once this many rows were read; within a unit, which says
+# little of the others, only where more than half are bad.
+ROWS_TO_JUDGE, HOPELESS = 1000, 0.5
 EXAMPLES_KEPT = 5
 
 INDEX = np.dtype(
@@ -48,6 +51,7 @@ INDEX = np.dtype(
         ("tokens", "<u4"),
         ("chosen", "<u4"),  # of a pair: tokens of the first text
         ("first_supervised", "<u4"),
+        ("supervised_end", "<u4"),
         ("supervised", "<u4"),  # tokens with a weight
     ]
 )
@@ -70,9 +74,9 @@ class Job:
     max_bad_fraction: float = 0.001
     validation_percent: float = 2.0
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        return Tokenizer.from_str(self.tokenizer_files["tokenizer.json"]).get_vocab_size()
+        return vocab_size(Tokenizer.from_str(self.tokenizer_files["tokenizer.json"]))
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -131,6 +135,7 @@ def prepare(
     done = {i for i in range(len(units)) if (folder / f"{i:05d}.json").exists()}
     left = [i for i in range(len(units)) if i not in done]
     tally = Tally(job)
+    source_size = sum(unit.size for unit in units)
     for i in sorted(done):
         tally.add(json.loads((folder / f"{i:05d}.json").read_text()))
     reports = _run(job, units, left, folder, processes or os.cpu_count() or 1)
@@ -138,7 +143,10 @@ def prepare(
         reports = progress([units[i] for i in left], reports)
     for report in reports:
         tally.add(report)
-    tally.judge(at_least=0)
+        if tally.rows >= ROWS_TO_JUDGE:
+            rows = tally.rows * source_size / max(tally.size, 1)  # that there will be in the end
+            tally.judge(allowed=job.max_bad_fraction * rows)
+    tally.judge(allowed=job.max_bad_fraction * tally.rows)
     manifest = _manifest(job, units, folder)
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -151,17 +159,21 @@ def _record_plan(folder: Path, job: Job, units: list[Unit]) -> None:
     wanted = json.loads(json.dumps(wanted))
     path = folder / PLAN
     if not path.exists():
-        if any(p.name != TOKENIZER for p in folder.iterdir()):
+        torn = set(_torn_plans(folder))
+        if any(p.name != TOKENIZER and p not in torn for p in folder.iterdir()):
             raise PrepareError(f"{folder} holds other files: name an empty or a new folder")
+        for temporary in torn:
+            temporary.unlink()
         (folder / TOKENIZER).mkdir(exist_ok=True)
         for name, text in job.tokenizer_files.items():
             (folder / TOKENIZER / name).write_bytes(text.encode())
+            _sync(folder / TOKENIZER / name)
         write_json(path, wanted)
         return
     found = json.loads(path.read_text())
     changed = [k for k, v in wanted["job"].items() if found["job"].get(k) != v]
     if found["units"] != wanted["units"]:
-        changed.append("files of the source")
+        changed.append("files of the source (names, sizes or times of change)")
     if changed:
         raise PrepareError(
             f"{folder} was begun with another {', '.join(changed)}: choose another folder, or "
@@ -172,9 +184,15 @@ def _record_plan(folder: Path, job: Job, units: list[Unit]) -> None:
 def remove(folder: str | Path) -> None:
     """Removes a prepared folder. Raises: PrepareError if that is not what it is."""
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / PLAN).exists():
+    begun = (folder / PLAN).exists() or any(_torn_plans(folder))
+    if folder.exists() and any(folder.iterdir()) and not begun:
         raise PrepareError(f"{folder} holds no {PLAN}: it was not prepared, so it is not removed")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _torn_plans(folder: Path) -> Iterator[Path]:
+    """What is left of plans whose writing was interrupted."""
+    return folder.glob(f".{PLAN}.*")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -185,6 +203,12 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    """Through to the disk: what follows must not be there without it after a power loss."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------ workers
@@ -241,6 +265,7 @@ class UnitWriter:
         Raises: SourceError, PrepareError.
         """
         tally = Tally(self._job)
+        fraction = self._job.max_bad_fraction and max(self._job.max_bad_fraction, HOPELESS)
         shards = {split: _Shard(self._folder / f"{number:05d}.{split}") for split in SPLITS}
         for index, row in enumerate(read(self._job.source, unit)):
             if row is None:
@@ -253,7 +278,7 @@ class UnitWriter:
                 if tally.bad[error.kind] <= EXAMPLES_KEPT:
                     where = place(self._job.source, unit, index)
                     tally.shown.append({"kind": error.kind, "place": where, "why": str(error)})
-                tally.judge(at_least=ROWS_TO_JUDGE)
+                tally.judge(allowed=fraction * max(tally.rows, ROWS_TO_JUDGE))
                 continue
             name = unit.row_name(index)
             split = split_of(name, self._job.validation_percent)
@@ -299,8 +324,8 @@ class _Shard:
             self._sha256.update(record)
             self._records += 1
         supervised = int(np.count_nonzero(example.weights))
-        first = example.first_supervised
-        entry = (document, row, len(example.tokens), example.chosen, first, supervised)
+        span = (example.first_supervised, example.supervised_end)
+        entry = (document, row, len(example.tokens), example.chosen, *span, supervised)
         self._entries.append(entry)
         self._weights.update(np.unique(example.weights).tolist())
 
@@ -310,6 +335,8 @@ class _Shard:
             self._writer.close()
         index = np.asarray(self._entries, INDEX)
         np.save(f"{self._path}.npy", index)
+        for suffix in ("array_record", "npy"):
+            _sync(Path(f"{self._path}.{suffix}"))
         self._sha256.update(index.tobytes())
         return {
             "documents": len(index),
@@ -344,25 +371,24 @@ def _chunks(example: Example) -> Iterator[Example]:
 
 
 class Tally:
-    """Rows read and bad rows by kind, and when there are too many of them."""
+    """Rows read, their size in what units count, bad rows by kind, and when these are too many."""
 
     def __init__(self, job: Job):
         self._fraction = job.max_bad_fraction
-        self.rows = 0
+        self.rows = self.size = 0
         self.bad: collections.Counter[str] = collections.Counter()
         self.shown: list[dict[str, Any]] = []
 
     def add(self, report: Mapping[str, Any]) -> None:
         self.rows += report["rows"]
+        self.size += report["size"]
         self.bad.update(report["bad"])
         self.shown += report["shown"]
-        self.judge(at_least=ROWS_TO_JUDGE)
 
-    def judge(self, *, at_least: int) -> None:
-        """Raises PrepareError if more than the allowed share of the rows (of `at_least` rows, where
-        fewer were read) is bad."""
+    def judge(self, *, allowed: float) -> None:
+        """Raises PrepareError, with where they stand, if more rows are bad than `allowed`."""
         count = sum(self.bad.values())
-        if count <= self._fraction * max(self.rows, at_least):
+        if count <= allowed:
             return
         kinds = "; ".join(f"{n} {kind} ({BAD_ROW_KINDS[kind]})" for kind, n in self.bad.items())
         first = {s["kind"]: f"{s['place']}: {s['why']}" for s in reversed(self.shown)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from llada2_jax.data.examples import decode_record
 from llada2_jax.data.prepare import FORMAT_VERSION, INDEX, MANIFEST, PLAN, SPLITS, TOKENIZER
 from llada2_jax.data.sources import SourceSpec, Unit, place
 from llada2_jax.errors import UserError
+from llada2_jax.retry import with_retries
+
+# How long records are asked for again when storage fails.
+RETRY_SECONDS = 60.0
+# ArrayRecord has one exception for damage and for a system call that failed, which its text names.
+_SYSTEM_CALL = re.compile(r"\b\w+\(\) failed")
 
 
 class PreparedError(UserError, ValueError):
@@ -69,14 +76,15 @@ def _check(manifest: dict[str, Any]) -> None:
 
 
 class PreparedDocuments:
-    """Tokenized documents of a split; nothing but the index (24 bytes a document) is in memory.
+    """Tokenized documents of a split; nothing but the index (28 bytes a document) is in memory.
 
     ids: int32 [docs]. lengths: int64 [docs], tokens of each. chosen: int64 [docs], see
-    examples.Example. first_supervised: int64 [docs].
+    examples.Example. first_supervised, supervised_end: int64 [docs]. retry_seconds: for how long a
+    read that storage refuses is tried again.
     """
 
-    def __init__(self, folder: str | Path, split: str):
-        self.folder, self.split = Path(folder), split
+    def __init__(self, folder: str | Path, split: str, retry_seconds: float = RETRY_SECONDS):
+        self.folder, self.split, self._retry_seconds = Path(folder), split, retry_seconds
         self.manifest = read_manifest(folder)
         self._dtype = np.dtype(f"<u{self.manifest['token_bytes']}")
         self._chunk = int(self.manifest["chunk_tokens"])
@@ -89,6 +97,7 @@ class PreparedDocuments:
         self.lengths = index["tokens"].astype(np.int64)
         self.chosen = index["chosen"].astype(np.int64)
         self.first_supervised = index["first_supervised"].astype(np.int64)
+        self.supervised_end = index["supervised_end"].astype(np.int64)
         chunks = np.where(self.chosen > 0, 1, -(-self.lengths // self._chunk))
         self._first_record = np.cumsum(chunks) - chunks
         if chunks.sum() != sum(self._records):
@@ -96,12 +105,18 @@ class PreparedDocuments:
                 f"{folder}: the index announces {chunks.sum()} records, the manifest "
                 f"{sum(self._records)}: prepare it again"
             )
+        self._paths = [
+            self.folder / f"{i:05d}.{split}.array_record" for i, n in enumerate(self._records) if n
+        ]
+        missing = next((p for p in self._paths if not p.is_file()), None)
+        if missing:
+            raise PreparedError(f"{missing} is missing: prepare it again")
 
     def _index(self, number: int) -> np.ndarray:
         path = self.folder / f"{number:05d}.{self.split}.npy"
         try:
             index = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise PreparedError(f"{path} cannot be read: {error}; prepare it again") from None
         if index.dtype != INDEX:
             raise PreparedError(f"{path} has other fields than an index: prepare it again")
@@ -123,15 +138,7 @@ class PreparedDocuments:
     @functools.cached_property
     def _source(self) -> Any:
         # grain opens a file when it is first read, and counts the records of all at once.
-        paths = [
-            str(self.folder / f"{i:05d}.{self.split}.array_record")
-            for i, count in enumerate(self._records)
-            if count
-        ]
-        missing = next((p for p in paths if not Path(p).is_file()), None)
-        if missing:
-            raise PreparedError(f"{missing} is missing: prepare it again")
-        source: Any = grain.sources.ArrayRecordDataSource(paths)
+        source: Any = grain.sources.ArrayRecordDataSource(list(map(str, self._paths)))
         if len(source) != sum(self._records):
             raise PreparedError(
                 f"{self.folder}: {len(source)} records, the manifest says {sum(self._records)}: "
@@ -142,7 +149,7 @@ class PreparedDocuments:
     def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int32) and loss weights (fp32) of [start, stop) of a document.
 
-        Raises: PreparedError for a record that is not what the index says.
+        Raises: PreparedError for a record that is not what the index says; StorageError.
         """
         base = int(self._first_record[document])
         if self.chosen[document]:
@@ -158,9 +165,18 @@ class PreparedDocuments:
         return np.concatenate([t for t, _ in parts]), np.concatenate([w for _, w in parts])
 
     def _record(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        what = f"reading record {number} of the {self.split} split of {self.folder}"
+        return with_retries(lambda: self._decode(number), what, seconds=self._retry_seconds)
+
+    def _decode(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         try:
             return decode_record(self._source[number], self._dtype)
+        except PreparedError:
+            raise
         except (ValueError, RuntimeError, IndexError) as error:
+            if _SYSTEM_CALL.search(str(error)):
+                self.__dict__.pop("_source", None)  # a reader that could not open stays that way
+                raise OSError(str(error)) from error
             raise PreparedError(
                 f"{self.folder}: record {number} of the {self.split} split is damaged: {error}"
             ) from None

@@ -11,11 +11,13 @@ import dataclasses
 import fnmatch
 import functools
 import gzip
+import hashlib
 import importlib
 import io
 import json
+import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from etils import epath
@@ -38,7 +40,8 @@ class Unit:
     """path: file (or folder) the rows are from. name: the same relative to the source, so that it
     stays when the source is moved. start, stop: which part of it, in what the format counts (bytes,
     records, row groups). size: bytes, or whatever tells how much work it is. files: names below
-    path, for formats of many small files."""
+    path, for formats of many small files. stamp: differs where one of the files was changed, as far
+    as their file system tells."""
 
     path: str
     name: str
@@ -46,6 +49,7 @@ class Unit:
     stop: int
     size: int
     files: tuple[str, ...] = ()
+    stamp: str = ""
 
     def row_name(self, row: int) -> str:
         """A name for row number `row` that no other row of the source has."""
@@ -84,16 +88,27 @@ def resolve_format(spec: SourceSpec) -> SourceSpec:
         return spec
     if spec.format != "auto":
         raise SourceError(f"format {spec.format!r}: choose one of auto, {', '.join(FORMATS)}")
-    path = epath.Path(spec.path)
+    path = epath.Path(spec.path).expanduser()
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return dataclasses.replace(spec, format="huggingface")
-    names = [spec.pattern] if spec.pattern else []
-    names += [path.name] if not path.is_dir() else [p.name for p in path.iterdir()]
-    for name in names:
-        for kind, form in FORMATS.items():
-            if kind != "text" and any(fnmatch.fnmatch(name, p) for p in form.patterns):
-                return dataclasses.replace(spec, format=kind)
-    return dataclasses.replace(spec, format="text")
+    # Of a whole folder, files of no known format are nobody's; files asked for by name are text.
+    unknown = None if path.is_dir() and not spec.pattern else "text"
+    found: dict[str, str] = {}
+    for file in list_files(spec.path, (spec.pattern or "*",)):
+        found.setdefault(_format_of(file.name) or unknown or "", str(file))
+    found.pop("", None)
+    if len(found) > 1:
+        examples = ", ".join(f"{kind} ({file})" for kind, file in found.items())
+        raise SourceError(
+            f"{spec.path} holds files of several formats: {examples}; say which to read (--format)"
+        )
+    return dataclasses.replace(spec, format=next(iter(found), "text"))
+
+
+def _format_of(name: str) -> str | None:
+    """The format that a file of this name usually has."""
+    matches = (k for k, f in FORMATS.items() if any(fnmatch.fnmatch(name, p) for p in f.patterns))
+    return next(matches, None)
 
 
 def plan(spec: SourceSpec) -> list[Unit]:
@@ -156,6 +171,16 @@ def _files(spec: SourceSpec, patterns: tuple[str, ...]) -> list[tuple[epath.Path
     return [(f, f.relative_to(base).as_posix()) for f in files]
 
 
+def _stamp(files: Iterable[epath.Path]) -> str:
+    """A hash of when the files were last changed."""
+    return hashlib.sha256(repr([_changed(f) for f in files]).encode()).hexdigest()[:16]
+
+
+def _changed(file: epath.Path) -> int:
+    """Nanoseconds; of a bucket seconds, or 0 where it keeps no times."""
+    return file.stat().mtime if "://" in str(file) else os.stat(file).st_mtime_ns
+
+
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
     for start in range(0, count, step):
         yield start, min(start + step, count)
@@ -186,11 +211,13 @@ class _Text:
                 groups.append([])
             groups[-1].append((name, file.stat().length))
         root = epath.Path(spec.path).expanduser()
-        base = str(root if root.is_dir() else root.parent)
-        return [
-            Unit(base, "", 0, len(g), sum(size for _, size in g), tuple(name for name, _ in g))
-            for g in groups
-        ]
+        base = root if root.is_dir() else root.parent
+        return [self._unit(base, *zip(*group, strict=True)) for group in groups]
+
+    @staticmethod
+    def _unit(base: epath.Path, names: tuple[str, ...], sizes: tuple[int, ...]) -> Unit:
+        stamp = _stamp(base / name for name in names)
+        return Unit(str(base), "", 0, len(names), sum(sizes), names, stamp)
 
     def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
         for name in unit.files:
@@ -218,9 +245,14 @@ class _JsonLines:
     def plan(self, spec: SourceSpec) -> list[Unit]:
         units = []
         for file, name in _files(spec, self.patterns):
-            size = file.stat().length
-            step = UNIT_BYTES if _compression(str(file)) is None else max(size, 1)
-            units += [Unit(str(file), name, a, b, b - a) for a, b in _ranges(size, step)]
+            size, whole = file.stat().length, _compression(str(file)) is not None
+            if whole and not size:
+                raise SourceError(f"{file} has no bytes: compressed, even nothing has some")
+            step = size if whole else UNIT_BYTES
+            stamp = _stamp([file])
+            units += [
+                Unit(str(file), name, a, b, b - a, stamp=stamp) for a, b in _ranges(size, step)
+            ]
         return units
 
     def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
@@ -312,25 +344,49 @@ class _Parquet:
             with file.open("rb") as raw:
                 meta = self._open(raw, str(file)).metadata
                 groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
-            units += [Unit(str(file), name, i, i + 1, size) for i, size in enumerate(groups)]
+            stamp = _stamp([file])
+            units += [
+                Unit(str(file), name, i, i + 1, size, stamp=stamp) for i, size in enumerate(groups)
+            ]
         return units
 
     def _open(self, raw, name: str):
         pyarrow = require("pyarrow", "data", "reads Parquet")
         parquet = importlib.import_module("pyarrow.parquet")
         try:
-            return parquet.ParquetFile(raw)
-        except pyarrow.ArrowInvalid as error:
+            return parquet.ParquetFile(raw, page_checksum_verification=True)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise SourceError(f"{name} is no Parquet file: {error}") from error
 
     def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
         with epath.Path(unit.path).open("rb") as raw:
-            table = self._open(raw, unit.path)
-            for batch in table.iter_batches(batch_size=256, row_groups=[unit.start]):
-                yield from batch.to_pylist()
+            for batch in self._batches(raw, unit):
+                try:
+                    rows = batch.to_pylist()
+                except (ValueError, OverflowError):
+                    rows = [_arrow_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+                yield from rows
+
+    def _batches(self, raw, unit: Unit) -> Iterator[Any]:
+        pyarrow = require("pyarrow", "data", "reads Parquet")
+        table = self._open(raw, unit.path)
+        try:
+            yield from table.iter_batches(batch_size=256, row_groups=[unit.start])
+        except (pyarrow.ArrowException, ValueError) as error:
+            raise OSError(str(error)) from error
 
     def place(self, unit: Unit, row: int) -> str:
         return f"{unit.path}: row {row} of row group {unit.start}"
+
+
+def _arrow_row(batch) -> Row:
+    """The row of a batch of one."""
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRow("not_utf8", str(error))
+    except (ValueError, OverflowError) as error:  # dates and times that Python has no value for
+        return BadRow("wrong_type", str(error))
 
 
 class _ArrayRecord:
@@ -342,8 +398,9 @@ class _ArrayRecord:
         units = []
         for file, name in _files(spec, self.patterns):
             count, size = self._reader(str(file)).num_records(), file.stat().length
+            stamp = _stamp([file])
             units += [
-                Unit(str(file), name, a, b, size * (b - a) // count)
+                Unit(str(file), name, a, b, size * (b - a) // count, stamp=stamp)
                 for a, b in _ranges(count, UNIT_ROWS)
             ]
         return units
@@ -384,7 +441,8 @@ class _HuggingFace:
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
         rows = len(self._load(spec.path, spec.split))
-        return [Unit(spec.path, "", a, b, b - a) for a, b in _ranges(rows, UNIT_ROWS)]
+        stamp = _stamp(sorted(_walk(epath.Path(spec.path))))
+        return [Unit(spec.path, "", a, b, b - a, stamp=stamp) for a, b in _ranges(rows, UNIT_ROWS)]
 
     @staticmethod
     @functools.lru_cache(maxsize=4)
@@ -446,16 +504,23 @@ class _Seqio:
             shard_info=seqio.ShardInfo(unit.start, unit.stop),
         )
         for row in dataset.as_numpy_iterator():
-            yield {name: _plain(value) for name, value in row.items()}
+            yield _plain_row(row)
 
     def place(self, unit: Unit, row: int) -> str:
         return f"seqio {unit.path}: example {row} of shard {unit.start}"
 
 
+def _plain_row(row: dict[str, Any]) -> Row:
+    """Tensors' values as JSON would have them."""
+    try:
+        return {name: _plain(value) for name, value in row.items()}
+    except UnicodeDecodeError as error:
+        return BadRow("not_utf8", str(error))
+
+
 def _plain(value: Any) -> Any:
-    """A tensor's value as JSON would have it."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def require(name: str, extra: str, what: str) -> Any:

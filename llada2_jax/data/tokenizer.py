@@ -66,12 +66,17 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
         raise BadRow("not_utf8", "the text holds a surrogate without its partner") from None
 
 
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """All ids are below it: more than there are entries where the vocabulary has holes."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """int32 [V]: bytes of text each id stands for; 0 for reserved ids.
 
     In a byte-level vocabulary every character of an entry is one byte.
     """
-    lengths = np.zeros(tokenizer.get_vocab_size(), np.int32)
+    lengths = np.zeros(vocab_size(tokenizer), np.int32)
     special = set(tokenizer.get_added_tokens_decoder())
     for entry, index in tokenizer.get_vocab().items():
         lengths[index] = 0 if index in special else len(entry)

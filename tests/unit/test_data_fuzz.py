@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import functools
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -67,6 +69,36 @@ def test_files_that_are_not_what_they_say(data, name):
         except sources.SourceError:
             return
     assert all(row is None or isinstance(row, dict | BadRow) for row in rows)
+
+
+@functools.cache
+def parquet(checksums: bool) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": texts(30), "number": list(range(30))})
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table, file, row_group_size=9, write_page_checksum=checksums)
+    return file.getvalue()
+
+
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 255)), min_size=1, max_size=6),
+)
+@fuzz
+def test_flipped_bytes_of_a_parquet_file(checksums, flips):
+    data = bytearray(parquet(checksums))
+    for place, bits in flips:
+        data[place % len(data)] ^= bits
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.parquet"
+        path.write_bytes(data)
+        spec, rows = SourceSpec(str(path), "parquet"), []
+        with contextlib.suppress(sources.SourceError):
+            for unit in plan(spec):
+                rows += read(spec, unit)
+    assert all(isinstance(row, dict | BadRow) for row in rows)
 
 
 # ---------------------------------------------------------------------------------------- rows

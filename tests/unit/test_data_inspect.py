@@ -65,7 +65,9 @@ def test_colours_leave_the_text_alone_and_hide_control_codes():
     evil = packed.Run("a\x1b]0;title\x07b\nc", 1, True, False)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", packed.as_ansi(iter([evil])))
     assert shown == "a\\x1b]0;title\\x07b\nc"
-    page = packed.as_html([("row <0>", [packed.Run("<script>", 1, True, True)])])
+    assert packed.as_text(iter([evil])) == "\n⟦1 «a\\x1b]0;title\\x07b\nc»⟧"
+    page = packed.as_html([("row <0>", [packed.Run("<script>", 1, True, True), evil])])
+    assert "\x1b" not in page and "\\x1b]0;title" in page
     assert "<script>" not in page and "&lt;script&gt;" in page and "row &lt;0&gt;" in page
     page = packed.as_html([("row 0", runs)])
     assert html.unescape(re.sub(r"<[^>]+>", "", page.split("</h2>")[1])) == text + "░\n"

@@ -27,6 +27,7 @@ class Fake:
     prompts: list[int]
     pairs: list[int] | None = None
     weighted: bool = False
+    ends: list[int] | None = None
 
     @property
     def ids(self):
@@ -45,12 +46,19 @@ class Fake:
         return np.asarray(self.prompts, np.int64)
 
     @property
+    def supervised_end(self):
+        return np.asarray(self.ends or self.sizes, np.int64)
+
+    @property
     def paired(self):
         return self.pairs is not None
 
     def read(self, document, start, stop):
         positions = np.arange(start, stop)
-        weights = (positions >= self.prompts[document]).astype(np.float32)
+        learned = (positions >= self.prompts[document]) & (
+            positions < self.supervised_end[document]
+        )
+        weights = learned.astype(np.float32)
         if self.weighted:
             weights *= 0.5
         return (document * 1000 + positions + 10).astype(np.int32), weights
@@ -144,7 +152,7 @@ def test_prompts_are_not_learned_and_padding_follows_the_end():
 def test_pieces_of_a_prompt_alone_are_left_out():
     rows = rows_of(Fake([100, 40], [64, 35]), long_documents="split")
     assert rows.report() | {"fill": 0} == {
-        "documents": 2, "rows": 2, "fill": 0, "skipped": 0, "split": 2, "prompt_only": 3,
+        "documents": 2, "rows": 2, "fill": 0, "skipped": 0, "split": 2, "unsupervised": 3,
     }  # fmt: skip
     seen = {
         (int(part["document_ids"][0]) - 500, int(part["document_positions"][0]))
@@ -152,6 +160,14 @@ def test_pieces_of_a_prompt_alone_are_left_out():
         for _, part in segments(rows[i])
     }
     assert seen == {(0, 64), (0, 96), (1, 32)}
+
+
+def test_pieces_after_the_last_supervised_token_are_left_out():
+    rows = rows_of(Fake([100, 90], [2, 40], ends=[6, 65]), long_documents="split")
+    assert rows.report()["unsupervised"] == 4 and rows.epoch_rows == 3
+    masks = sorted(int(rows[i]["loss_mask"].sum()) for i in range(3))
+    # 65 tokens end one after the row's 64: what rounds the last piece up is not learned.
+    assert masks == [1, 4, 24]
 
 
 def test_a_multiple_of_the_whole_row_gives_each_document_one_row():

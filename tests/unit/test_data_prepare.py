@@ -4,20 +4,23 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from tokenizers import Tokenizer
 
+from llada2_jax import retry
 from llada2_jax.config import DataConfig
 from llada2_jax.data import prepare as preparing
 from llada2_jax.data import sources
 from llada2_jax.data.corpus import load_corpus
 from llada2_jax.data.documents import Document
-from llada2_jax.data.examples import Example, decode_record, encode_record
+from llada2_jax.data.examples import BadRow, Example, decode_record, encode_record
 from llada2_jax.data.loader import batches
 from llada2_jax.data.packing import tokenize
 from llada2_jax.data.prepare import (
@@ -181,6 +184,47 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
         prepare(job(tmp_path), "gs://b/out")
 
 
+def test_auto_refuses_files_of_several_formats(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "x"}])
+    (tmp_path / "LICENSE").write_text("a file of no known format is nobody's")
+    assert resolve_format(SourceSpec(str(tmp_path))).format == "jsonl"
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "README.md").write_text("text")
+    with pytest.raises(SourceError, match=r"several formats: .*text \(.*README\.md\).*--format"):
+        resolve_format(SourceSpec(str(tmp_path)))
+    with pytest.raises(SourceError, match="several formats"):
+        resolve_format(SourceSpec(str(tmp_path / "*")))
+    for pattern, kind in (("*.md", "text"), ("*.jsonl", "jsonl"), ("LIC*", "text")):
+        assert resolve_format(SourceSpec(str(tmp_path), pattern=pattern)).format == kind
+    assert resolve_format(SourceSpec(str(tmp_path), "jsonl")).format == "jsonl"
+
+
+def test_values_that_are_no_rows_are_bad_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"a", b"\xff", b"c", b"d"]).view(pyarrow.string())
+    times = pyarrow.array([0, 0, 2**60, 0], pyarrow.timestamp("ms"))
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "at": times}), path)
+    spec = SourceSpec(str(path), "parquet")
+    rows = [row for unit in plan(spec) for row in read(spec, unit)]
+    assert [row.kind if isinstance(row, BadRow) else row["text"] for row in rows] == [
+        "a", "not_utf8", "wrong_type", "d",
+    ]  # fmt: skip
+    # And those of seqio, whose texts are bytes.
+    assert sources._plain_row({"text": "é".encode()}) == {"text": "é"}
+    assert sources._plain_row({"text": b"\xff"}).kind == "not_utf8"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_compressed_file_without_bytes_is_damaged(name, tmp_path):
+    write_jsonl(tmp_path / f"b{name}", [{"text": "x"}])
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SourceError, match=f"{name} has no bytes"):
+        prepare(job(tmp_path), tmp_path / "out", processes=1)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.array_record"])
 def test_a_damaged_file_stops_with_its_name(name, tmp_path):
     if name.startswith("a.jsonl"):
@@ -289,6 +333,50 @@ def test_a_stopped_preparation_goes_on_where_it_stopped(source, tmp_path, monkey
     assert left == []
 
 
+def test_a_plan_whose_writing_was_interrupted_is_no_other_file(source, tmp_path):
+    out = tmp_path / "out"
+    (out / "tokenizer").mkdir(parents=True)
+    (out / f".{PLAN}.123").write_text("{")
+    prepare(job(source), out, processes=1)
+    prepare(job(source), tmp_path / "whole", processes=1)
+    assert contents(out) == contents(tmp_path / "whole")
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / f".{PLAN}.123").write_text("{")
+    remove(torn)
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_source_changed_in_place_is_refused(kind, tmp_path):
+    (tmp_path / "in").mkdir()
+    FORMATS[kind](tmp_path / "in", texts(9))
+    prepare(job(tmp_path / "in"), tmp_path / "out", processes=1)
+    prepare(job(tmp_path / "in"), tmp_path / "out", processes=1)
+    file = max(p for p in (tmp_path / "in").rglob("*") if p.is_file())
+    later = file.stat().st_mtime_ns + 1_000
+    os.utime(file, ns=(later, later))  # as rewriting it with as many bytes would
+    with pytest.raises(PrepareError, match="another files of the source .*times of change"):
+        prepare(job(tmp_path / "in"), tmp_path / "out", processes=1)
+
+
+def test_a_report_is_on_disk_after_what_it_reports(source, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def recording(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    prepare(job(source), tmp_path / "out", processes=1)
+    names = [name.rsplit(".", 1)[0] if name.startswith(".") else name for name in synced]
+    for unit in range(8):
+        shards = [f"{unit:05d}.{s}.{x}" for s in preparing.SPLITS for x in ("array_record", "npy")]
+        report = names.index(f".{unit:05d}.json")
+        assert all(name in names[:report] for name in shards)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(names[: names.index(f".{PLAN}")])
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_an_os_error_and_what_is_done_is_kept(source, tmp_path):
     out = tmp_path / "out"
@@ -380,10 +468,26 @@ def test_too_many_bad_rows_stop_the_run_and_can_be_allowed_later(source, tmp_pat
     assert manifest["rows"]["bad"] == {"not_json": 2}
 
 
+def test_bad_rows_are_judged_over_all_units(tmp_path, monkeypatch):
+    """Two in a unit of twelve rows are few of 600; many in all units stop the run at once."""
+    monkeypatch.setattr(preparing, "ROWS_TO_JUDGE", 50)
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": t} for t in texts(10)] + ["broken"] * 2)
+    rows = [{"text": t} for t in texts(588)]
+    size = write_jsonl(tmp_path / "in" / "b.jsonl", rows).stat().st_size
+    monkeypatch.setattr(sources, "UNIT_BYTES", -(-size // 8))
+    manifest = prepare(job(tmp_path / "in", max_bad=0.005), tmp_path / "few", processes=1)
+    assert manifest["rows"] == {"read": 600, "bad": {"not_json": 2}}
+    write_jsonl(tmp_path / "in" / "b.jsonl", [r if i % 9 else "[" for i, r in enumerate(rows)])
+    with pytest.raises(PrepareError, match=r"b\.jsonl:1: |a\.jsonl:11: "):
+        prepare(job(tmp_path / "in", max_bad=0.005), tmp_path / "many", processes=1)
+    assert len(list((tmp_path / "many").glob("0*.json"))) <= 3
+
+
 def test_a_unit_full_of_bad_rows_stops_before_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "ROWS_TO_JUDGE", 100)
     path = write_jsonl(tmp_path / "a.jsonl", ["broken"] * 1000)
-    with pytest.raises(PrepareError, match="11 of 11 rows are bad"):
+    with pytest.raises(PrepareError, match=r"51 of 51 rows are bad[^$]*a\.jsonl:1: "):
         prepare(job(path, max_bad=0.1), tmp_path / "out", processes=1)
 
 
@@ -421,6 +525,7 @@ def test_rows_of_ids_are_taken_as_they_are(tmp_path):
     got = [tuple(x.tolist() for x in documents.read(i, 0, n)) for i, n in ((0, 4), (1, 3))]
     assert got == [([2, 7, 296, 1], [0, 1, 1, 1]), ([9, 8, 7], [0, 0.5, 1])]
     assert documents.first_supervised.tolist() == [1, 1]
+    assert documents.supervised_end.tolist() == [4, 3]
 
 
 def test_prompts_stand_before_and_are_not_learned(tmp_path):
@@ -481,6 +586,67 @@ def test_damaged_folders_are_named(source, tmp_path):
     (out / "00004.train.array_record").unlink()
     with pytest.raises(PreparedError, match=r"00004\.train\.array_record is missing"):
         PreparedDocuments(out, "train").read(0, 0, 1)
+
+
+def test_ids_beyond_the_number_of_entries_are_kept_whole(tmp_path):
+    """In a vocabulary with holes, ids are larger than there are entries."""
+    tokenizer = json.loads(files()["tokenizer.json"])
+    tokenizer["model"]["vocab"]["far"] = 70_000
+    path = write_jsonl(tmp_path / "a.jsonl", [{"tokens": [5, 70_000]}, {"tokens": [70_001]}])
+    task = job(path, content="tokens", validation=0.0, max_bad=0.5)
+    task = dataclasses.replace(task, tokenizer_files={"tokenizer.json": json.dumps(tokenizer)})
+    assert prepare(task, tmp_path / "out", processes=1)["rows"]["bad"] == {"id_out_of_range": 1}
+    assert PreparedDocuments(tmp_path / "out", "train").read(0, 0, 2)[0].tolist() == [5, 70_000]
+
+
+EIO = "pread() failed: Input/output error; reading a.array_record; at byte 7"
+
+
+@pytest.fixture
+def failing(source, tmp_path, monkeypatch):
+    """A prepared folder, and how often (and with what) its next reads fail."""
+    prepare(job(source), tmp_path / "out", processes=1)
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    faults, read = [], grain.sources.ArrayRecordDataSource.__getitem__
+
+    def failing(self, key):
+        if faults:
+            raise RuntimeError(faults.pop())
+        return read(self, key)
+
+    monkeypatch.setattr(grain.sources.ArrayRecordDataSource, "__getitem__", failing)
+    return tmp_path / "out", faults
+
+
+def test_reads_that_fail_for_a_while_are_tried_again(failing):
+    folder, faults = failing
+    cfg = DataConfig(sources=(str(folder),), row_length=16)
+    rows = load_corpus(cfg, TOKENIZER, SPECIAL).training_rows(cfg, 20, 0)
+    calm = [b.tokens for b in batches(rows, rows_per_step=4, first_step=0)]
+    faults += [EIO] * 3
+    shaken = [b.tokens for b in batches(rows, rows_per_step=4, first_step=0)]
+    np.testing.assert_array_equal(np.stack(shaken), np.stack(calm))
+    assert not faults
+
+
+def test_reads_that_keep_failing_stop_with_the_reason_and_damage_at_once(failing, tmp_path):
+    folder, faults = failing
+    documents = PreparedDocuments(folder, "train", retry_seconds=0.1)
+    faults += [EIO] * 1000
+    with pytest.raises(retry.StorageError, match=r"reading record 0 .*0.1 s: pread\(\) failed"):
+        documents.read(0, 0, 1)
+    faults[:] = ["Corrupted Riegeli/records file: chunk data hash mismatch"] * 2
+    with pytest.raises(PreparedError, match="record 0 of the train split is damaged: Corrupted"):
+        documents.read(0, 0, 1)
+    assert len(faults) == 1
+    # A folder that is away for a while: it is opened anew.
+    faults[:] = [EIO]
+    folder.rename(tmp_path / "away")
+    with pytest.raises(retry.StorageError, match="No such file"):
+        documents.read(0, 0, 1)
+    (tmp_path / "away").rename(folder)
+    faults.clear()
+    assert documents.read(0, 0, 1)[0].tolist() == [SPECIAL.bos]
 
 
 def test_data_of_another_tokenizer_is_refused(source, tmp_path):

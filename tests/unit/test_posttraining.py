@@ -144,6 +144,10 @@ class Chats:
     def first_supervised(self):
         return np.asarray([np.flatnonzero(weights)[0] for _, weights in self.texts])
 
+    @property
+    def supervised_end(self):
+        return np.asarray([np.flatnonzero(weights)[-1] + 1 for _, weights in self.texts])
+
     def read(self, document, start, stop):
         tokens, weights = self.texts[document]
         return np.asarray(tokens[start:stop], np.int32), np.asarray(weights[start:stop], np.float32)
