@@ -25,7 +25,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -228,20 +228,24 @@ class ArraySpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def chunk_shape(spec: ArraySpec, limit: int | None = None) -> tuple[int, ...]:
-    """Chunks of at most `limit` bytes (default: CHUNK_BYTES).
+def chunk_shape(
+    spec: ArraySpec, limit: int | None = None, grain: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Chunks of at most `limit` bytes (default: CHUNK_BYTES), or of one grain if that is larger.
 
     Leading axes are cut first, so that a chunk is a run of whole layers, or of whole experts of
-    one layer, unless one of those is larger than the limit.
+    one layer, unless one of those is larger than the limit. grain: what chunks are multiples of on
+    each axis, but at the end of it; default: one element.
     """
     limit = CHUNK_BYTES if limit is None else limit
-    chunk = list(spec.shape)
-    for axis, size in enumerate(spec.shape):
-        rest = math.prod(chunk[axis + 1 :]) * spec.dtype.itemsize
-        if rest * size <= limit:
+    shape = tuple(max(1, size) for size in spec.shape)
+    chunk = [min(pair) for pair in zip(grain or (1,) * len(shape), shape, strict=True)]
+    for axis, size in reversed(list(enumerate(shape))):
+        times = limit // (math.prod(chunk) * spec.dtype.itemsize)
+        chunk[axis] = min(size, chunk[axis] * max(1, times))
+        if chunk[axis] < size:
             break
-        chunk[axis] = max(1, min(size, limit // rest if rest else size))
-    return tuple(max(1, n) for n in chunk)
+    return tuple(chunk)
 
 
 def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
@@ -319,9 +323,10 @@ class ParamReader:
         return _wait((array[index] if index else array).read(), self.folder, path)
 
     def boxes(self, path: str) -> list[Box]:
-        """The chunks that `ParamWriter` writes."""
+        """Whole chunks of the file, however it was cut, so that each is decoded once."""
         spec = self.specs[path]
-        return list(boxes(spec.shape, chunk_shape(spec)))
+        grain = self._arrays[path].chunk_layout.read_chunk.shape
+        return list(boxes(spec.shape, chunk_shape(spec, grain=grain)))
 
     def read_all(self) -> dict[str, np.ndarray]:
         """All parameters, read at the same time and verified."""
@@ -360,11 +365,16 @@ class ParamWriter:
     metadata: a directory without it is not a checkpoint.
     """
 
-    def __init__(self, folder: Path, specs: Mapping[str, ArraySpec]):
+    def __init__(self, folder: Path, specs: Mapping[str, ArraySpec], like: Source | None = None):
+        """like: what is going to be written box by box, so that no chunk should lie in two."""
         self.folder = folder = Path(folder).absolute()
         folder.mkdir(parents=True)
         self.specs = dict(specs)
-        pending = {path: ts.open(_create(folder, path, spec)) for path, spec in specs.items()}
+        pending = {}
+        for path, spec in specs.items():
+            box = tuple(axis.stop for axis in like.boxes(path)[0]) if like else spec.shape
+            chunk = chunk_shape(ArraySpec(box, spec.dtype))
+            pending[path] = ts.open(_create(folder, path, spec, chunk))
         self._arrays = {path: _wait(pending[path], folder, path) for path in specs}
 
     def write(self, path: str, index: tuple[slice | int, ...], value: np.ndarray) -> None:
@@ -395,8 +405,8 @@ class ParamWriter:
         (self.folder / "_METADATA").write_text(json.dumps(metadata))
 
 
-def _create(folder: Path, path: str, spec: ArraySpec) -> dict[str, Any]:
-    grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape(spec))}}
+def _create(folder: Path, path: str, spec: ArraySpec, chunk: tuple[int, ...]) -> dict[str, Any]:
+    grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk)}}
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{folder}/{path.replace('/', '.')}/"},
@@ -427,11 +437,19 @@ def _wait(future: Any, folder: Path, path: str) -> Any:
 
 
 def load_bundle(path: str | os.PathLike[str]) -> ModelBundle:
-    """All of a checkpoint of ours but its parameters."""
+    """All of a checkpoint of ours but its parameters. Raises: CheckpointError for a damaged item,
+    where the checkpoint has checksums."""
     path = require_checkpoint(Path(path))
-    tokenizer = path / TOKENIZER / "metadata"
-    files = read_json(tokenizer) if tokenizer.is_file() else {}
-    return ModelBundle.from_items(read_json(path / MODEL / "metadata"), files)
+    has_tokenizer = (path / TOKENIZER / "metadata").is_file()
+    model, tokenizer = read_item(path, MODEL), read_item(path, TOKENIZER) if has_tokenizer else {}
+    wanted = read_checksums(path)
+    for name, item in ((MODEL, model), (TOKENIZER, tokenizer)):
+        if wanted and wanted.get(name) != checksums.json_checksum(item):
+            raise CheckpointError(
+                f"{path}: the item {name} is damaged: its checksum differs from the one taken when "
+                "it was saved; use another checkpoint"
+            )
+    return ModelBundle.from_items(model, tokenizer)
 
 
 def read_train_item(path: Path) -> dict[str, Any]:

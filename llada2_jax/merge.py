@@ -264,12 +264,12 @@ def _spec(reader: Reader, name: str) -> str:
 
 def _write_average(readers: Sequence[Reader], weights: Sequence[float], folder: Path) -> None:
     specs = readers[0].specs
-    writer = ParamWriter(folder, specs)
+    writer = ParamWriter(folder, specs, like=readers[0])
     total = sum(spec.nbytes for spec in specs.values())
     with progress.bar(what="merging", total=total, unit="B") as bar:
         for name, spec in specs.items():
             sums = [0] * len(readers)
-            for box in checkpoint.boxes(spec.shape, checkpoint.chunk_shape(spec)):
+            for box in readers[0].boxes(name):
                 average = _average(readers, weights, name, box, sums)
                 writer.write(name, box, average.astype(spec.dtype))
                 bar.update(average.size * spec.dtype.itemsize)

@@ -145,7 +145,7 @@ def _write_orbax(
     mask: _MaskRow,
 ) -> None:
     specs = {path: ArraySpec(spec.shape, dtypes[path]) for path, spec in params.specs.items()}
-    writer = ParamWriter(folder / folders.PARAMS, specs)
+    writer = ParamWriter(folder / folders.PARAMS, specs, like=params)
     with _bar(specs) as bar:
         for path in specs:
             for box in params.boxes(path):

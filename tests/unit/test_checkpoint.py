@@ -286,6 +286,16 @@ def test_chunks_cover_an_array_once_within_the_limit(shape, limit):
     assert (seen == 1).all()
 
 
+@given(data=st.data(), limit=st.integers(1, 4000))
+def test_chunks_are_made_of_whole_grains(data, limit):
+    shape = data.draw(st.lists(st.integers(1, 9), max_size=4).map(tuple))
+    grain = tuple(data.draw(st.integers(1, size)) for size in shape)
+    chunk = checkpoint.chunk_shape(ArraySpec(shape, np.dtype(np.float32)), limit, grain)
+    assert math.prod(chunk) * 4 <= max(limit, math.prod(grain) * 4)
+    for size, got, unit in zip(shape, chunk, grain, strict=True):
+        assert got == size or got % unit == 0
+
+
 def test_a_chunk_holds_whole_slices_of_the_leading_axes():
     spec = ArraySpec((19, 256, 2048, 2, 512), np.dtype(np.float16))
     assert checkpoint.chunk_shape(spec) == (1, 16, 2048, 2, 512)
