@@ -20,6 +20,7 @@ from tensorboardX.summary import scalar
 
 from llada2_jax import progress
 from llada2_jax.config import ConfigError
+from llada2_jax.files import replace_text
 from llada2_jax.retry import describe, with_retries
 
 _log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class MetricLogger:
     restored step are cut off, so that it tells of the surviving steps only, and a line that cannot
     be written stops the run. The others are views of it, and may miss points while storage fails.
 
-    retry_seconds: how long writing is tried again. write: False on all processes but one.
+    workdir: must be there. retry_seconds: how long writing is tried again. write: False on all
+    processes but one.
     """
 
     def __init__(
@@ -54,8 +56,8 @@ class MetricLogger:
         config: dict[str, Any] | None = None,
         write: bool = True,
     ):
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._lines = _Lines(workdir / "metrics.jsonl", retry_seconds) if write else None
+        path = workdir / "metrics.jsonl"
+        self._lines = _Lines(path, retry_seconds, exists=first_step > 0) if write else None
         self._views: list[_Board | _Wandb] = [_Board(workdir / "tensorboard")] if write else []
         if write and wandb_project:
             self._views.append(_Wandb(wandb_project, workdir, config or {}))
@@ -120,25 +122,31 @@ class MetricLogger:
                 self._bar.write(text)
 
     def close(self) -> None:
+        """Never raises: an error on the way here is what the caller wants to hear of."""
         with contextlib.suppress(OSError):
             self._bar.close()
-        for view in self._views:
-            view.close()
-        if self._lines is not None:
-            self._lines.close()
+        for closing in (*self._views, *([self._lines] if self._lines else [])):
+            with contextlib.suppress(OSError):  # on some file systems of a write that failed
+                closing.close()
 
 
 def read_metrics(workdir: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, of one kind or all. Torn lines are left out."""
-    path, lines = Path(workdir) / "metrics.jsonl", []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    path = Path(workdir) / "metrics.jsonl"
+    lines = _whole_lines(path) if path.exists() else []
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and {"step", "kind"} <= line.keys():
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line:
             lines.append(line)
-    return [line for line in lines if kind in (None, line["kind"])]
+    return lines
 
 
 class _Appended:
@@ -167,24 +175,30 @@ class _Appended:
 
 
 class _Lines:
-    """metrics.jsonl: each line is written again until it is there."""
+    """metrics.jsonl: each line is written again until it is there.
 
-    def __init__(self, path: Path, retry_seconds: float):
-        self._path, self._seconds = path, retry_seconds
+    exists: the file is the record of earlier steps; that it is missing is an error, and no reason
+    to begin another.
+    """
+
+    def __init__(self, path: Path, retry_seconds: float, *, exists: bool):
+        self._path, self._seconds, self._exists = path, retry_seconds, exists
         self._file: _Appended | None = None
 
     def cut_back(self, step: int) -> None:
-        kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary = self._path.with_suffix(".tmp")
-
         def rewrite() -> _Appended:
-            temporary.write_text(text)
-            temporary.replace(self._path)
+            if self._exists and not self._path.exists():
+                raise FileNotFoundError(
+                    f"{self._path} is gone: put it back, or an empty file to do without its lines"
+                )
+            found = _whole_lines(self._path) if self._path.exists() else []
+            kept = [line for line in found if line["step"] <= step]
+            replace_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
             return _Appended(self._path)
 
         self.close()
         self._file = self._retry(rewrite)
+        self._exists = True
 
     def append(self, text: str) -> None:
         self._retry(lambda: self._open().append(text.encode()))
@@ -268,21 +282,38 @@ class _Wandb:
                 "pip install 'llada2-jax[wandb]'"
             ) from None
         place = str(workdir.absolute())
-        self._run = wandb.init(
-            project=project,
-            name=workdir.name,
-            id=hashlib.sha256(place.encode()).hexdigest()[:16],
-            resume="allow",
-            dir=place,
-            config=config,
+        self._warned = False
+        self._run: Any = self._try(
+            lambda: wandb.init(
+                project=project,
+                name=workdir.name,
+                id=hashlib.sha256(place.encode()).hexdigest()[:16],
+                resume="allow",
+                dir=place,
+                config=config,
+            )
         )
-        self._run.define_metric("*", step_metric="step")
+        self._use("define_metric", "*", step_metric="step")
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **scalars})
+        self._use("log", {"step": step, **scalars})
 
     def cut_back(self, step: int) -> None:
         """Its history cannot be cut: points of repeated steps stay, and later ones cover them."""
 
     def close(self) -> None:
-        self._run.finish()
+        self._use("finish")
+
+    def _use(self, method: str, *args: Any, **options: Any) -> None:
+        if self._run is not None:
+            self._try(lambda: getattr(self._run, method)(*args, **options))
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        """Training does not depend on a service far away, whatever its client raises."""
+        try:
+            return action()
+        except Exception as error:
+            if not self._warned:
+                _log.warning("Weights & Biases will have gaps: %s", describe(error))
+            self._warned = True
+        return None

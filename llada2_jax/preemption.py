@@ -76,8 +76,10 @@ class PreemptionNotice(contextlib.AbstractContextManager):
         writer.setblocking(False)
         previous = signal.signal(signal.SIGTERM, lambda *_: None)
         previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._read, args=[reader], name="preemption", daemon=True).start()
-        self._cleanup.callback(writer.close)  # in reverse order: this one last, ends the thread
+        thread = threading.Thread(target=self._read, args=[reader], name="preemption", daemon=True)
+        thread.start()
+        self._cleanup.callback(thread.join)  # so that no signal read late starts the timer
+        self._cleanup.callback(writer.close)  # in reverse order: this one ends the thread
         self._cleanup.callback(signal.set_wakeup_fd, previous_fd)
         self._cleanup.callback(signal.signal, signal.SIGTERM, previous)
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from llada2_jax.config import ConfigError, TrainConfig
+from llada2_jax.files import append_line, replace_text
 
 # Fields that do not change what a step computes, or that one changes to get past a stop.
 FREE = ("log_every", "checkpoint", "workdir", "spikes", "distributed", "mesh", "wandb_project")
@@ -117,13 +118,6 @@ def read_config(workdir: Path) -> dict[str, Any]:
     return config
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def record_start(workdir: Path, *, step: int, params: Any, data: Any) -> None:
     """Appends what can be known about this start to starts.jsonl.
 
@@ -138,8 +132,7 @@ def record_start(workdir: Path, *, step: int, params: Any, data: Any) -> None:
         "mesh": _mesh(params),
         "data": data,
     }
-    with (workdir / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(workdir / "starts.jsonl", json.dumps(line))
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from llada2_jax import checkpoint, folders
 from llada2_jax.checkpoint import CheckpointError, ModelBundle
 from llada2_jax.checksums import json_checksum, seal, tree_checksums
 from llada2_jax.config import CheckpointConfig
-from llada2_jax.retry import describe, with_retries
+from llada2_jax.retry import StorageError, describe, with_retries
 from llada2_jax.types import Params
 
 PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
@@ -86,8 +86,8 @@ class TrainCheckpoints:
         self._checkpointer = _checkpointer()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        with_retries(self._tidy, f"creating {self.folder}", seconds=cfg.retry_seconds)
-        self._scores = {step: self._read_scores(step) for step in self.steps()}
+        steps = _agreed(self._patiently(self._open, f"opening {self.folder}"))
+        self._scores = {step: self._read_scores(step) for step in steps}
 
     def steps(self) -> list[int]:
         """The steps on disk, in order. Each was committed whole; whether it still is, `restore`
@@ -135,7 +135,7 @@ class TrainCheckpoints:
                 raise
 
         what = f"writing checkpoint {step} under {self.folder}"
-        with_retries(write, what, seconds=self._cfg.retry_seconds, errors=(Exception,))
+        self._patiently(write, what, passes=lambda error: True)
         self._error = None
 
     @property
@@ -190,7 +190,7 @@ class TrainCheckpoints:
                 aside = path.with_name(f"{step}{DELETED}")  # no half-deleted step under its name
                 path.rename(aside)
                 shutil.rmtree(aside)
-            except OSError as error:  # costs space, no more; `_tidy` tries again
+            except OSError as error:  # costs space, no more; `_open` tries again
                 _log.warning("checkpoint %d was not removed: %s", step, describe(error))
 
     def _discard_partial(self, step: int) -> None:
@@ -202,19 +202,24 @@ class TrainCheckpoints:
             for path in self.folder.glob(f"{step}{PARTIAL}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _tidy(self) -> None:
-        """Makes the folder, and removes what a killed process left half-written in it."""
-        if jax.process_index() != 0:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if PARTIAL in path.name or path.name.endswith(DELETED):
-                shutil.rmtree(path, ignore_errors=True)
+    def _patiently[T](self, action: Callable[[], T], what: str, **options: Any) -> T:
+        return with_retries(action, what, seconds=self._cfg.retry_seconds, **options)
+
+    def _open(self) -> list[int]:
+        """Makes the folder in the workdir, which must be there, and removes what a killed process
+        left half-written in it; returns the steps."""
+        if jax.process_index() == 0:
+            self.folder.mkdir(exist_ok=True)
+            for path in self.folder.iterdir():
+                if PARTIAL in path.name or path.name.endswith(DELETED):
+                    shutil.rmtree(path, ignore_errors=True)
+        return self.steps()
 
     def _read_scores(self, step: int) -> Mapping[str, Any]:
-        with contextlib.suppress(CheckpointError, OSError, KeyError, TypeError):
-            train = checkpoint.read_train_item(self.folder / str(step))
-            return train["metrics"]["validation"] or {}
+        path = self.folder / str(step)
+        read = functools.partial(checkpoint.read_train_item, path)
+        with contextlib.suppress(CheckpointError, KeyError, TypeError):
+            return self._patiently(read, f"reading {path}")["metrics"]["validation"] or {}
         return {}
 
     # ---- restoring -------------------------------------------------------------------------------
@@ -224,15 +229,17 @@ class TrainCheckpoints:
     ) -> tuple[Params, Any, dict[str, Any]] | None:
         """(params, optimizer, train) of the newest undamaged checkpoint, or None without any.
 
-        params, optimizer: pytrees of arrays (or ShapeDtypeStructs) whose structure, shapes and
-        shardings the result has. before: only steps below it. A damaged checkpoint is moved to
-        `<workdir>/damaged` with a warning that names it, once an older one was restored.
+        params, optimizer: pytrees of ShapeDtypeStructs (or arrays, which then stay on the devices
+        beside the result) whose structure, shapes and shardings the result has. before: only steps
+        below it. A damaged checkpoint is moved to `<workdir>/damaged` with a warning that names it,
+        once an older one was restored.
         Raises: CheckpointError if there are checkpoints, but none can be restored: a run is never
-        silently begun anew.
+        silently begun anew. StorageError where storage fails for longer than the config allows:
+        that is no damage, and nothing is passed over.
         """
         self.wait()
         problems: dict[int, str] = {}
-        for step in reversed(_agreed(self.steps())):
+        for step in reversed(_agreed(self._patiently(self._listed, f"listing {self.folder}"))):
             if before is not None and step >= before:
                 continue
             restored, problem = self._try(step, params, optimizer)
@@ -248,6 +255,13 @@ class TrainCheckpoints:
             )
         return None
 
+    def _listed(self) -> list[int]:
+        """`steps`, of a folder that is there and not an empty place to mount it."""
+        steps = self.steps()
+        if not self.folder.is_dir() or (self._scores and not steps):
+            raise FileNotFoundError(f"{self.folder} is gone")
+        return steps
+
     def _try(self, step: int, params: Params, optimizer: Any) -> tuple[Any, str | None]:
         """(the restored state, None), or (None, what is wrong); the same on all processes."""
         what = f"reading checkpoint {step} under {self.folder}"
@@ -256,12 +270,16 @@ class TrainCheckpoints:
         def read() -> tuple[Params, Any, dict[str, Any]]:
             try:
                 return self._restore(step, params, optimizer)
-            except FileNotFoundError as error:  # waiting does not bring it back
-                raise CheckpointError(describe(error)) from error
+            except Exception as error:
+                if not (self.folder / str(step)).is_dir():
+                    raise FileNotFoundError(f"{self.folder / str(step)} is gone") from error
+                if isinstance(error, FileNotFoundError):  # waiting does not bring it back
+                    raise CheckpointError(describe(error)) from error
+                raise
 
         try:
-            restored = with_retries(read, what, seconds=self._cfg.retry_seconds)
-        except MemoryError:
+            restored = self._patiently(read, what)
+        except (MemoryError, StorageError):
             raise
         except Exception as error:  # whatever damaged files make of the libraries that read them
             problem = describe(error)
@@ -298,10 +316,14 @@ class TrainCheckpoints:
             )
             self._scores.pop(step, None)
             if jax.process_index() == 0:
-                damaged = self.folder.parent / "damaged"
-                damaged.mkdir(exist_ok=True)
-                name = f"{step}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
-                (self.folder / str(step)).rename(damaged / name)
+                move = functools.partial(self._move_aside, step)
+                self._patiently(move, f"moving checkpoint {step} out of {self.folder}")
+
+    def _move_aside(self, step: int) -> None:
+        damaged = self.folder.parent / "damaged"
+        damaged.mkdir(exist_ok=True)
+        name = f"{step}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+        (self.folder / str(step)).rename(damaged / name)
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -325,15 +347,24 @@ def _items(bundle: ModelBundle, params: Params, optimizer: Any, train: dict) -> 
     sums |= {name: json_checksum(item) for name, item in items.items()}
     items[folders.CHECKSUMS] = seal(sums)
 
-    def chunked(tree: Any) -> ocp.args.PyTreeSave:
-        save = ocp.SaveArgs(chunk_byte_size=checkpoint.CHUNK_BYTES)  # so that merging can stream
-        return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: save, tree))
-
     return ocp.args.Composite(
-        params=chunked(pure),
-        optimizer=chunked(leaves),
+        params=ocp.args.PyTreeSave(pure, save_args=jax.tree.map(_chunked, pure)),
+        optimizer=ocp.args.PyTreeSave(leaves, save_args=jax.tree.map(_chunked, leaves)),
         **{name: ocp.args.JsonSave(item) for name, item in items.items()},
     )
+
+
+def _chunked(leaf: jax.Array) -> ocp.SaveArgs:
+    """Chunks of whole slices of the leading axes, so that merging streams, and a process that needs
+    some experts reads those.
+
+    Orbax cuts the axes it is given into single slices, and then the largest ones: it is given those
+    that have to be cut, while their slices are large enough to be chunks of their own.
+    """
+    limit, shape = checkpoint.CHUNK_BYTES, leaf.sharding.shard_shape(leaf.shape)
+    sizes = [math.prod(shape[axis:]) * leaf.dtype.itemsize for axis in range(leaf.ndim + 1)]
+    axes = tuple(a for a in range(leaf.ndim) if sizes[a] > limit and sizes[a + 1] >= limit // 16)
+    return ocp.SaveArgs(chunk_byte_size=limit, shard_axes=axes)
 
 
 def _leaves(tree: Any) -> dict[str, jax.Array]:

@@ -79,6 +79,7 @@ def test_a_metric_does_not_hide_what_the_line_is(tmp_path):
 
 
 def test_a_folder_that_vanishes_is_an_error_and_not_a_silent_loss(tmp_path):
+    (tmp_path / "run").mkdir()
     logger = open_logger(tmp_path / "run")
     log_steps(logger, [1])
     (tmp_path / "run").rename(tmp_path / "elsewhere")
@@ -88,6 +89,44 @@ def test_a_folder_that_vanishes_is_an_error_and_not_a_silent_loss(tmp_path):
     log_steps(logger, [2])
     logger.close()
     assert steps_of(tmp_path / "run") == [1, 2]
+
+
+def test_a_folder_that_is_away_at_a_rollback_is_waited_for(tmp_path, monkeypatch):
+    run, away = tmp_path / "run", tmp_path / "away"
+    run.mkdir()
+    logger = open_logger(run)
+    log_steps(logger, [1, 2])
+    run.rename(away)
+
+    def back(seconds):
+        run.exists() or away.rename(run)
+
+    clock = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=back)
+    monkeypatch.setattr(retry, "time", clock)
+    logger.cut_back(1)
+    logger.close()
+    assert steps_of(run) == [1]
+
+
+def test_the_record_of_earlier_steps_is_never_begun_anew(tmp_path):
+    with pytest.raises(StorageError, match=r"metrics\.jsonl"):
+        open_logger(tmp_path, first_step=2)
+    logger = open_logger(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(StorageError, match=r"metrics\.jsonl"):
+        logger.cut_back(0)
+    logger.close()
+
+
+def test_broken_lines_are_left_out(tmp_path):
+    lines = [
+        '{"step": null, "kind": "x"}',
+        '{"step": "2", "kind": "x"}',
+        '{"step": 1, "kind": "x"}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    open_logger(tmp_path, first_step=2).close()
+    assert steps_of(tmp_path) == [1]
 
 
 def test_two_runs_in_one_folder_are_noticed(tmp_path):
@@ -162,6 +201,26 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         open_logger(tmp_path, wandb_project="p")
 
 
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_weights_and_biases_may_fail_without_harm(tmp_path, monkeypatch, caplog, failing):
+    class Run:
+        def __getattr__(self, name):
+            return lambda *args, **options: call(name)
+
+    def call(name):
+        if name == failing:
+            raise RuntimeError("no network")
+        return Run()
+
+    fake = types.SimpleNamespace(init=lambda **options: call("init"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    logger = open_logger(tmp_path, wandb_project="p")
+    log_steps(logger, [1, 2])
+    logger.close()
+    assert steps_of(tmp_path) == [1, 2]
+    assert caplog.text.count("Weights & Biases will have gaps: no network") == 1
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_can_be_read(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("fuzz")
@@ -181,5 +240,7 @@ def test_retries_end(monkeypatch):
     with pytest.raises(StorageError, match=r"reading x failed, and again for 0.2 s: .*Input"):
         with_retries(fail, "reading x", seconds=0.2)
     assert 3 <= len(calls) <= 8
+    with pytest.raises(StorageError, match=r"^reading x failed: .*Input"):  # there was one attempt
+        with_retries(fail, "reading x", seconds=0)
     with pytest.raises(ZeroDivisionError):
         with_retries(lambda: 1 / 0, "dividing", seconds=9)

@@ -111,6 +111,17 @@ def test_what_was_there_before_is_put_back():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_nothing_listens_any_more_at_the_end():
+    class Slow(PreemptionNotice):
+        def _read(self, reader):
+            super()._read(reader)
+            time.sleep(0.3)
+
+    with Slow(100):
+        assert "preemption" in [thread.name for thread in threading.enumerate()]
+    assert "preemption" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_outside_the_main_thread_it_is_deaf_but_works():
     results = []
 

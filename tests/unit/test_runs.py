@@ -80,7 +80,9 @@ def test_a_start_tells_of_versions_devices_and_mesh(tmp_path):
     record_start(tmp_path, step=4, params=params, data=None)
     with (tmp_path / "starts.jsonl").open("a") as file:
         file.write('{"step": 5, "torn')
-    (start,) = read_starts(tmp_path)
+    record_start(tmp_path, step=6, params=params, data=None)  # is not swallowed by the torn line
+    start, later = read_starts(tmp_path)
+    assert later["step"] == 6 and "\n\n" not in (tmp_path / "starts.jsonl").read_text()
     assert start["step"] == 4 and start["mesh"] == {"fsdp": 1, "model": 1}
     assert start["packages"]["jax"] == jax.__version__ and "cpu" in start["device"].lower()
     assert start["devices"] == jax.device_count() and start["cores"] > 0

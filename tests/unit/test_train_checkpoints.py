@@ -8,12 +8,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -294,7 +296,105 @@ def test_other_readers_notice_damage_too(run, tmp_path):
         checkpoint.read_checksums(run / "checkpoints/3")
 
 
+@pytest.mark.parametrize("item", ["model", "tokenizer"])
+def test_other_readers_notice_json_that_was_changed(run, tmp_path, item):
+    path = run / f"checkpoints/3/{item}/metadata"
+    changed = {"rope_theta": 1.0} if item == "tokenizer" else json.loads(path.read_text())
+    changed.setdefault("config", {})["rope_theta"] = 1.0
+    path.write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=rf"checkpoints/3: the item {item} is damaged"):
+        load_model(run / "checkpoints/3")
+    with pytest.raises(CheckpointError, match=f"the item {item} is damaged"):
+        merge_checkpoints([run / "checkpoints/2", run / "checkpoints/3"], tmp_path / "out")
+
+
+def test_training_saves_whole_slices_of_the_leading_axes():
+    """Experts of flash in fp32, on one device and on eight, and tables that have no such slices."""
+    (device,) = jax.devices()[:1]
+    here = jax.sharding.SingleDeviceSharding(device)
+
+    def axes(*shape):
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
+        return train_checkpoints._chunked(leaf).shard_axes
+
+    assert axes(31, 256, 4096, 2048) == axes(31, 32, 4096, 2048) == (0, 1)
+    assert axes(31, 4096, 4096) == (0,)
+    assert axes(157184, 4096) == axes(4096, 157184) == axes(31, 4096) == axes() == ()
+
+
 # ---- storage that fails --------------------------------------------------------------------------
+
+
+def read_error() -> ValueError:
+    """What TensorStore makes of an error of the operating system."""
+    store = tensorstore.KvStore.open({"driver": "file", "path": "/"}).result()
+    with pytest.raises(ValueError) as caught:
+        store.read("name too long" * 99).result()
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [read_error(), OSError(5, "Input/output error")])
+def test_a_read_error_is_no_damage(run, monkeypatch, caplog, error):
+    checkpoints, restore, fails = TrainCheckpoints(run, CFG), TrainCheckpoints._restore, [2]
+
+    def flaky(self, *args):
+        if fails[0]:
+            fails[0] -= 1
+            raise error
+        return restore(self, *args)
+
+    monkeypatch.setattr(TrainCheckpoints, "_restore", flaky)
+    assert restored_step(checkpoints) == 3 and not fails[0]
+    fails[0] = 1000
+    with pytest.raises(StorageError, match="reading checkpoint 3 .* again for 0.3 s"):
+        restored_step(checkpoints)
+    assert checkpoints.steps() == [1, 2, 3] and "damaged" not in caplog.text
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("when", ["before the listing", "after the listing"])
+def test_a_folder_that_is_away_for_a_while_is_waited_for(run, monkeypatch, when):
+    checkpoints, read = TrainCheckpoints(run, CFG), checkpoint.read_checksums
+    folder, away = run / "checkpoints", run / "away"
+    pauses = []
+
+    def back(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            away.rename(folder)
+
+    def vanishing(path):
+        if not pauses and folder.exists():
+            folder.rename(away)
+        return read(path)
+
+    clock = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=back)
+    monkeypatch.setattr(retry, "time", clock)
+    if when == "before the listing":
+        folder.rename(away)
+    else:
+        monkeypatch.setattr(checkpoint, "read_checksums", vanishing)
+    assert restored_step(checkpoints, before=4) == 3 and len(pauses) == 2
+    assert checkpoints.steps() == [1, 2, 3]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("instead", ["nothing", "an empty folder"])
+def test_a_run_whose_checkpoints_went_is_not_begun_anew(run, instead):
+    checkpoints = TrainCheckpoints(run, CFG)
+    (run / "checkpoints").rename(run / "away")
+    if instead == "an empty folder":  # what a file system was mounted on
+        (run / "checkpoints").mkdir()
+    with pytest.raises(StorageError, match="listing .*/checkpoints is gone"):
+        checkpoints.restore_newest(*state(0))
+    checkpoints.close()
+
+
+def test_what_is_damage_and_what_is_storage():
+    for text in ("UNAVAILABLE: x", "NOT_FOUND: x [os_error_code='2']", "DATA_LOSS: x", "x"):
+        assert retry.storage_failed(ValueError(text)) == text.startswith("UNAVAILABLE")
+    assert retry.storage_failed(read_error())
+    assert not retry.storage_failed(KeyError("UNAVAILABLE: x"))
 
 
 def test_a_failed_write_is_noticed_and_made_good_by_the_next(tmp_path, monkeypatch):
