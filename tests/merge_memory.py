@@ -54,6 +54,11 @@ AXES = {  # which axis a mesh of expert and fsdp cuts
 }
 
 
+def noise(shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers that do not compress, so that bytes read are counted as they are decoded."""
+    return np.random.default_rng(0).random(shape, DTYPE)
+
+
 def write_converted(folder: Path, megabytes: int) -> None:
     """Written slice by slice."""
     specs = {name: ArraySpec(shape, DTYPE) for name, shape in shapes(megabytes).items()}
@@ -61,7 +66,7 @@ def write_converted(folder: Path, megabytes: int) -> None:
     for name, spec in specs.items():
         for box in checkpoint.boxes(spec.shape, checkpoint.chunk_shape(spec)):
             size = tuple(axis.stop - axis.start for axis in box)
-            writer.write(name, box, np.ones(size, spec.dtype))
+            writer.write(name, box, noise(size))
     writer.finish()
     checkpoint.write_items(folder, BUNDLE)
 
@@ -71,7 +76,7 @@ def write_trained(run: Path, megabytes: int, *, sharded: bool) -> None:
     devices = np.asarray(jax.devices()).reshape(2, DEVICES // 2)
     mesh = Mesh(devices if sharded else devices[:1, :1], ("fsdp", "expert"))
     params = {
-        name: jax.device_put(np.ones(shape, DTYPE), NamedSharding(mesh, AXES[name]))
+        name: jax.device_put(noise(shape), NamedSharding(mesh, AXES[name]))
         for name, shape in shapes(megabytes).items()
     }
     run.mkdir()
