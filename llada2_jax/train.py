@@ -27,6 +27,7 @@ from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, Phase, TrainConfig, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
+from llada2_jax.data.prepared import PreparedDocuments
 from llada2_jax.distributed import joined
 from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
 from llada2_jax.evals.likelihood import preference_context, validation_contexts
@@ -55,6 +56,7 @@ from llada2_jax.starting_model import starting_bundle, with_learning_rate
 from llada2_jax.train_checkpoints import TrainCheckpoints
 from llada2_jax.train_step import (
     TrainState,
+    abstract_state,
     begin_phase,
     init_state,
     make_context,
@@ -65,7 +67,7 @@ from llada2_jax.train_step import (
     score_pairs,
     score_rows,
 )
-from llada2_jax.types import Batch
+from llada2_jax.types import Batch, ModelConfig, Params
 from pallas_kernels.block_layout import block_index, both_halves, zigzag_imbalance
 
 
@@ -149,8 +151,8 @@ def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") 
             with contextlib.closing(_Trace(profile, run.logger.say)) as trace:
                 _loop(run, first_step, notice, trace)
         finally:
-            run.logger.close()
             run.checkpoints.close()
+            run.logger.close()
     return without_adapters(dataclasses.replace(run.bundle, params=run.state.model_params))
 
 
@@ -173,7 +175,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
             corpus = load_corpus(cfg.data, tokenizer, bundle.special)
         _check_readable(cfg, corpus)
         validation = corpus.validation_batches(cfg.data, cfg.eval.rows, rows)
-        data = corpus.report(cfg.data)
+        data = _described(cfg, corpus)
     except ValueError as error:  # a source that is not there, or too few rows to validate on
         raise ConfigError(f"config: {error}") from error
     if jax.process_index() == 0:
@@ -189,10 +191,16 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         _stored(cfg, record, f"writing {workdir}/config.json")
     corpus, validation, refer = _refer(cfg, reference, corpus, validation, mesh)
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint, tokens_per_step=cfg.tokens_per_step)
-    state, first_step = init_state(cfg, bundle.params, mesh), 0
-    restored = _restored(cfg, checkpoints, state)
-    if restored is not None:
-        state, first_step = restored
+    state = base = restored = None
+    if cfg.lora.rank or not checkpoints.newest:
+        state = init_state(cfg, bundle.params, mesh)
+        base = state.buffers if cfg.lora.rank else None
+    bundle = dataclasses.replace(bundle, params=None)
+    if checkpoints.newest:
+        state = None  # with the model it began with: there may be no room for two states
+        restored = _restored(cfg, checkpoints, bundle.config, mesh, base)
+    state, first_step = restored or (state, 0)
+    assert state is not None
     logger = MetricLogger(
         workdir,
         total_steps=cfg.total_steps,
@@ -212,7 +220,6 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     _report_placement(cfg, logger, state, validation, mesh)
     if first_step:
         logger.say(f"resuming {workdir} after step {first_step} of {cfg.total_steps}")
-    bundle = dataclasses.replace(bundle, params=None)
     run = Run(cfg, bundle, corpus, validation, checkpoints, logger, state, mesh, refer)
     return run, first_step
 
@@ -307,17 +314,36 @@ def _check_pairs(corpus: Corpus) -> None:
             )
 
 
+def _described(cfg: TrainConfig, corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """By source: its rows, and the manifest of prepared data but for what tells of single rows and
+    files."""
+    described = corpus.report(cfg.data)
+    for source in corpus.sources:
+        if isinstance(source.train, PreparedDocuments):
+            manifest = source.train.manifest.items()
+            kept = {k: v for k, v in manifest if k not in ("bad_examples", "shards")}
+            described[source.name]["manifest"] = kept
+    return described
+
+
 def _stored(cfg: TrainConfig, action: Callable[[], None], what: str) -> None:
     with_retries(action, what, seconds=cfg.checkpoint.retry_seconds)
 
 
 def _restored(
-    cfg: TrainConfig, checkpoints: TrainCheckpoints, like: TrainState, before: int | None = None
+    cfg: TrainConfig,
+    checkpoints: TrainCheckpoints,
+    model: ModelConfig,
+    mesh: Mesh,
+    base: Params | None,
+    before: int | None = None,
 ) -> tuple[TrainState, int] | None:
-    """The newest checkpoint's state, placed as `like` is, and its step.
+    """The newest checkpoint's state, placed on the mesh, and its step.
 
+    base: the buffers under adapters, which checkpoints do not hold.
     Raises: ConfigError where the data would not go on at the row that comes next.
     """
+    like = abstract_state(cfg, model, mesh)
     found = checkpoints.restore_newest(like.saved_params, like.beside_params, before=before)
     if found is None:
         return None
@@ -331,7 +357,7 @@ def _restored(
             f"{next_row // step}, or choose another workdir"
         )
     if cfg.lora.rank:
-        return dataclasses.replace(rest, params=params, buffers=like.buffers), step
+        return dataclasses.replace(rest, params=params, buffers=base), step
     trained, buffers = split_trained(params)
     return dataclasses.replace(rest, params=trained, buffers=buffers), step
 
@@ -448,7 +474,7 @@ def _log(run: Run, pending: _Pending) -> tuple[str, str, int] | None:
         shown["skipped"] = last["skipped"]
     run.logger.advance(steps, phase.name, **shown)
     worst = max(f["skipped_in_a_row"] for f in fetched)
-    if worst >= cfg.optimizer.max_consecutive_skips:
+    if called_for is None and worst >= cfg.optimizer.max_consecutive_skips:
         raise TrainingStopped(
             f"{worst:.0f} steps in a row were skipped, as their loss or gradient was not finite or "
             f"spiked (step {step}, phase {phase.name}): parameters are as before the first of "
@@ -490,7 +516,11 @@ def _react(run: Run, done: int, policy: str, event: str, step: int) -> None:
             f"{what}, but the run went back spikes.max_rollbacks={spikes.max_rollbacks} times "
             "already; lower optimizer.learning_rate, or look at the data of these steps"
         )
-    found = _restored(run.cfg, run.checkpoints, run.state, before=step)
+    base = run.state.buffers if run.cfg.lora.rank else None
+    # Freed first: there may be no room for two states.
+    run.state = dataclasses.replace(run.state, params=None, buffers=None, opt_state=None)
+    model = run.bundle.config
+    found = _restored(run.cfg, run.checkpoints, model, run.mesh, base, before=step)
     if found is None:
         raise TrainingStopped(f"{what}, but there is no checkpoint before it to go back to")
     earlier, source = found

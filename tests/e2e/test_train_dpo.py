@@ -13,8 +13,10 @@ from llada2_jax import reference, train
 from llada2_jax.checkpoint import ModelBundle, save_model
 from llada2_jax.config import ConfigError, default_config, validate
 from llada2_jax.data.prepare import prepare
+from llada2_jax.data.prepared import read_manifest
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.metrics import read_metrics
+from llada2_jax.run_folder import read_starts
 from tests.data_helpers import SPECIAL, files, job, write_jsonl
 from tests.helpers import assert_same_params, random_params
 from tests.helpers import config as tiny
@@ -104,6 +106,13 @@ def test_a_run_learns_its_pairs(folder, finished):
     for line in held_out:
         assert line["pairs"] >= 2 and 0 <= line["reward_accuracy"] <= 1
         assert math.isfinite(line["loss"]) and line["block_size"] == 4
+
+
+def test_a_start_says_how_its_data_was_made(folder, finished):
+    (source,) = read_starts(folder / "run")[0]["data"].values()
+    made = read_manifest(folder / "pairs")
+    assert source["manifest"]["tokenizer"] == made["tokenizer"]
+    assert source["manifest"]["rows"] == made["rows"] and "shards" not in source["manifest"]
 
 
 def test_the_reference_is_frozen(folder, finished):

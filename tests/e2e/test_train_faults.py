@@ -3,6 +3,7 @@ many, at random."""
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import os
 import signal
@@ -10,10 +11,11 @@ import subprocess
 import time
 import types
 
+import jax
 import numpy as np
 import pytest
 
-from llada2_jax import retry
+from llada2_jax import checkpoint, retry
 from llada2_jax import train as train_module
 from llada2_jax.checkpoint import read_checksums, read_train_item
 from llada2_jax.config import SpikeConfig
@@ -21,6 +23,7 @@ from llada2_jax.metrics import read_metrics
 from llada2_jax.preemption import RESTART, Preempted
 from llada2_jax.run_folder import read_starts
 from llada2_jax.train import TrainingStopped, train
+from llada2_jax.train_checkpoints import TrainCheckpoints
 from tests.torture import life
 
 STEPS = 14
@@ -112,6 +115,32 @@ def test_a_rollback_goes_back_and_skips_the_range(folder, tmp_path, monkeypatch)
         if x["kind"] == "train":
             same = ("data_checksum", "learning_rate", *(["loss"] if x["step"] < 9 else []))
             assert {k: x[k] for k in same} == {k: wanted[x["step"]][k] for k in same}
+
+
+def test_going_back_or_on_needs_no_room_for_two_states(folder, tmp_path, monkeypatch):
+    """Also after more bad steps in a row than are skipped without a policy."""
+    at_step(monkeypatch, 9, spoil)
+    at_step(monkeypatch, 10, spoil)
+    restore, held = TrainCheckpoints.restore_newest, []
+
+    def watched(self, *args, **options):
+        self.wait()  # a save under way holds what it saves
+        gc.collect()
+        table = checkpoint.flatten(args[0])["embedding"]
+        held.append([x for x in jax.live_arrays() if x.shape == table.shape])
+        return restore(self, *args, **options)
+
+    gc.collect()
+    known = {id(x) for x in jax.live_arrays()}
+    monkeypatch.setattr(TrainCheckpoints, "restore_newest", watched)
+    cfg = config(folder, tmp_path, non_finite="rollback")
+    cfg = dataclasses.replace(
+        cfg, optimizer=dataclasses.replace(cfg.optimizer, max_consecutive_skips=2)
+    )
+    train(cfg)
+    assert [x["kind"] for x in read_metrics(tmp_path)].count("rollback") == 1
+    train(cfg)  # resumed
+    assert len(held) == 2 and all(id(x) in known for arrays in held for x in arrays)
 
 
 @pytest.mark.parametrize(
