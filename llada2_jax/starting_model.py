@@ -15,7 +15,6 @@ from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import (
     ConfigError,
     TrainConfig,
-    check_unread,
     configured_model,
     model_dict,
 )
@@ -27,10 +26,6 @@ from llada2_jax.mask_embedding import mask_row
 from llada2_jax.model import build, init_params
 from llada2_jax.sharding import check_cut, check_mesh, placements
 from llada2_jax.types import ModelConfig
-
-# What only an exchange of tokens between the devices of mesh axis `expert` reads. Not known before
-# the mesh is: its axis may be what the others leave, and `llada2 plan` chooses one.
-_EXCHANGE = ("runtime.expert_buffer", "runtime.expert_exchange", "spikes.expert_overflow")
 
 
 def starting_bundle(cfg: TrainConfig, mesh: Mesh | None = None) -> ModelBundle:
@@ -93,9 +88,6 @@ def _check_model(cfg: TrainConfig, model: ModelConfig, mesh: Mesh | None) -> Non
             f"config.data.row_length={row} is beyond the model's max_position_embeddings={limit}"
         )
     if mesh is not None:
-        if mesh.shape["expert"] == 1:
-            where = "where config.mesh.expert is 1: every device has all experts"
-            check_unread(cfg, _EXCHANGE, where)
         check_mesh(cfg, model, mesh)
         check_cut(placements(build(model)[1], mesh), mesh)
 

@@ -56,7 +56,7 @@ def test_stages_are_trained_decoded_and_compared(base, tmp_path, capsys, monkeyp
     report = path.read_text()
     results = json.loads((tmp_path / "report.json").read_text())
     arms = ("sft", "sft_longer", "cap", "dpo", "cap_dpo")
-    assert sorted(results["arms"]) == sorted(arms)
+    assert sorted(results["points"]) == sorted(arms)
     for arm in arms:
         assert arm in report
         folder = tmp_path / "seed0" / "arms" / arm

@@ -17,6 +17,7 @@ from llada2_jax.data.prepared import read_manifest
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.metrics import read_metrics
 from llada2_jax.run_folder import read_starts
+from llada2_jax.starting_model import with_learning_rate
 from tests.data_helpers import SPECIAL, files, job, write_jsonl
 from tests.helpers import assert_same_params, random_params
 from tests.helpers import config as tiny
@@ -173,12 +174,12 @@ def test_the_learning_rate_goes_on(folder, finished):
         "optimizer__learning_rate": 1e-3,  # the default
         "optimizer__warmup_fraction": 0.0,
     }
-    cfg = train._with_learning_rate(make(folder, "next", **fields))
+    cfg = with_learning_rate(make(folder, "next", **fields))
     rate = load_bundle(folder / "run/checkpoints/3").provenance["learning_rate"]
     assert cfg.optimizer.learning_rate == rate == pytest.approx(RATE)
     with pytest.raises(ConfigError, match="does not tell the learning rate .*: set learning_rate"):
         start = {"init__checkpoint": str(folder / "start")}
-        train._with_learning_rate(make(folder, "next", **fields | start))
+        with_learning_rate(make(folder, "next", **fields | start))
 
 
 WRONG = {

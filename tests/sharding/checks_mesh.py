@@ -118,11 +118,10 @@ def run(folder, workdir, **sizes):
     made.data.row_length, made.data.rows_per_step = 32, 8
     made.schedule.ar_tokens, made.eval.rows = 4 * 8 * 32, 8
     made.checkpoint.every_tokens = 2 * 8 * 32
-    made.runtime.dtype, made.log_every = "float32", 1
+    made.runtime.dtype, made.runtime.expert_buffer = "float32", 0.0
+    made.log_every = 1
     for axis, size in sizes.items():
         made.mesh[axis] = size
-    if sizes.get("expert", 1) > 1:
-        made.runtime.expert_buffer = 0.0
     train(validate(made))
     names = ("loss", "grad_norm", "data_checksum")
     found = {m["step"]: [m[n] for n in names] for m in read_metrics(folder / workdir, "train")}

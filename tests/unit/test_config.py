@@ -29,7 +29,6 @@ from llada2_jax.model import build
 from llada2_jax.plan import planned_model
 from llada2_jax.quickstart import read_config
 from llada2_jax.schedules import embedding_noise_sigma
-from llada2_jax.sharding import make_mesh
 from llada2_jax.starting_model import starting_bundle
 from llada2_jax.train_step import init_state, make_context, make_train_step
 from llada2_jax.types import Batch, ModelConfig, RopeScaling
@@ -243,16 +242,6 @@ def test_the_learning_rate_comes_down_within_the_run():
     with pytest.raises(ConfigError, match=r"warmup_fraction=0\.3 and decay_fraction=0\.8 are more"):
         validate(make(**fields))
     validate(make(**fields | {"optimizer__decay_fraction": 0.7}))
-
-
-@pytest.mark.parametrize("field", ["expert_buffer", "expert_exchange"])
-def test_an_exchange_needs_a_mesh_that_cuts_experts(field):
-    """The mesh is known when the run starts: `llada2 plan` chooses one for the same config."""
-    cfg = validate(make(**{f"runtime__{field}": {"expert_buffer": 1.5}.get(field, "gather")}))
-    with pytest.raises(
-        ConfigError, match=rf"runtime\.{field}=.* is not read where config\.mesh\.e"
-    ):
-        starting_bundle(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
 
 
 @pytest.mark.parametrize("stage", ["warmup", "decay"])

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.checkpoint import flatten
-from llada2_jax.config import default_config, validate
+from llada2_jax.config import default_config, model_dict, validate
 from llada2_jax.costs import (
     Workload,
     allowed_pairs,
@@ -30,7 +30,7 @@ from pallas_kernels.block_layout import (
     both_halves,
     half_layout,
 )
-from tests.helpers import config
+from tests.helpers import TINY, config
 
 
 def layout_of(objective: str, length: int, block_size: int):
@@ -80,7 +80,7 @@ def workload(sizes=None, accumulate=1, remat="full", objective="bdlm", rows=16) 
     cfg = default_config()
     cfg.workdir = "unused"
     with cfg.unlocked():
-        cfg.model = {"vocab_size": 16}
+        cfg.model = {k: v for k, v in model_dict(TINY).items() if v is not None}
     cfg.schedule.decay_blocks, cfg.schedule.decay_tokens = (8,), 10**6
     cfg.data.row_length, cfg.data.rows_per_step = 32, rows
     cfg.optimizer.accumulate, cfg.runtime.remat = accumulate, remat

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from llada2_jax import optimizer
-from llada2_jax.config import ConfigError, TrainConfig, default_config, validate
+from llada2_jax.config import ConfigError, TrainConfig, default_config, model_dict, validate
 from llada2_jax.model import build
 from llada2_jax.train_step import accumulated, init_state, make_context, reset_moments
-from tests.helpers import config, make_batch
+from tests.helpers import TINY, config, make_batch
 
 STEPS = 50
 
@@ -24,7 +24,7 @@ def run_config(param_dtype="float32", **fields) -> TrainConfig:
     cfg.workdir = "unused"
     cfg.schedule.ar_tokens = STEPS * cfg.data.row_length * cfg.data.rows_per_step
     with cfg.unlocked():
-        cfg.model = {"vocab_size": 16}
+        cfg.model = {k: v for k, v in model_dict(TINY).items() if v is not None}
     cfg.runtime.param_dtype = param_dtype
     constant = {"warmup_fraction": 0.0, "decay_fraction": 0.0, "final_fraction": 1.0}
     cfg.optimizer.update({"learning_rate": 1e-5, "weight_decay": 0.0, **constant, **fields})

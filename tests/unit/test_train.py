@@ -13,6 +13,7 @@ from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, DataConfig, Phase, ScheduleConfig, TrainConfig
 from llada2_jax.evals.likelihood import default_row_length
 from llada2_jax.metrics import MetricLogger, read_metrics
+from llada2_jax.sharding import make_mesh
 from llada2_jax.train import Run, _restored, _save, _Trace, _validate
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config
@@ -99,11 +100,11 @@ def test_a_checkpoint_at_another_row_of_the_data_is_not_resumed():
     item = {"step": 4, "data": {"next_row": 32}}
     checkpoints = SimpleNamespace(restore_newest=lambda *like, before: (None, None, item))
     cfg = TrainConfig(workdir="w", data=DataConfig(rows_per_step=4))
-    like = SimpleNamespace(saved_params=None, beside_params=None)
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
     with pytest.raises(
         ConfigError, match=r"at row 32 .*rows_per_step=4 puts it at 16: set it to 8"
     ):
-        _restored(cfg, checkpoints, like)  # pyright: ignore[reportArgumentType]
+        _restored(cfg, checkpoints, config(), mesh, None)  # pyright: ignore[reportArgumentType]
 
 
 def test_checksums_of_a_model_tell_its_parts_apart():
