@@ -209,7 +209,9 @@ def _prepared(folder: Path, rows, content: str, base: ModelBundle) -> Path:
     """Rows as a JSONL file and tokenized; a folder that is complete is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != text:  # preparation goes by its time of change
+        path.write_text(text)
     job = Job(
         SourceSpec(str(path), "jsonl"),
         EncodeOptions(content=content, template=LLADA2_TEMPLATE),

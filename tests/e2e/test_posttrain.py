@@ -69,8 +69,8 @@ def test_stages_are_trained_decoded_and_compared(base, tmp_path, capsys, monkeyp
     assert len(pairs) > 20 and all(
         json.loads(pair)["chosen"] != json.loads(pair)["rejected"] for pair in pairs
     )
-    for link in ("score.png", "preference.png"):
-        assert (link in report) == (tmp_path / link).exists()
+    for plot in ("stages-thresholds.png", "stages-blocks.png"):
+        assert plot in report and (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
 
     # Again: what is done is neither trained nor decoded a second time.
     def unwanted(*_, **__):
