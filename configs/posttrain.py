@@ -60,6 +60,7 @@ def get_config():
     }
     config.comparisons = {
         "stages": ("sft", "sft_longer", "cap", "dpo", "cap_dpo"),
+        "cap_at_equal_steps": ("sft_longer", "cap"),
     }
     config.decoding = {
         "thresholds": (0.95, 0.9, 0.8, 0.6),

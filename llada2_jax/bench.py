@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from llada2_jax.config import ConfigError, ScheduleConfig, TrainConfig, load_config, validate
+from llada2_jax.config import ConfigError, ScheduleConfig, TrainConfig, load_config
+from llada2_jax.config_check import validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
 from llada2_jax.errors import exit_status

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from llada2_jax import progress
 from llada2_jax.checkpoint import CheckpointError
-from llada2_jax.config import CHOICES, DataConfig
+from llada2_jax.config import DataConfig
+from llada2_jax.config_check import CHOICES
 from llada2_jax.data import inspect as packed
 from llada2_jax.data.bench import measure
 from llada2_jax.data.corpus import Corpus, load_corpus

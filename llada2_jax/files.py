@@ -16,6 +16,12 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def sync(path: Path) -> None:
+    """Through to the disk: what is written next must not be there without it after a power loss."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def append_line(path: Path, line: str) -> None:
     """Adds a line, on disk when this returns; one that a crash cut off before it stays by itself,
     and does not swallow it."""

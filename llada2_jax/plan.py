@@ -25,14 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llada2_jax.architectures import ARCHITECTURES
-from llada2_jax.config import (
-    ConfigError,
-    MeshConfig,
-    Phase,
-    TrainConfig,
-    configured_model,
-    validate,
-)
+from llada2_jax.config import ConfigError, MeshConfig, Phase, TrainConfig
+from llada2_jax.config_check import configured_model, validate
 from llada2_jax.costs import (
     ASSUMPTIONS,
     Roofline,

@@ -17,7 +17,8 @@ import numpy as np
 
 from llada2_jax import posttrain_report
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import ConfigError, TrainConfig, validate
+from llada2_jax.config import ConfigError, TrainConfig
+from llada2_jax.config_check import validate
 from llada2_jax.data.chat import LLADA2_TEMPLATE, ChatTemplate
 from llada2_jax.data.encoders import EncodeOptions
 from llada2_jax.data.prepare import Job, prepare

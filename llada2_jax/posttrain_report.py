@@ -132,15 +132,14 @@ def gain(points: Sequence[Point], baseline: Sequence[Point]) -> tuple[float, Poi
 
 def preference(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Margin and accuracy of the rewards in the last validation of a DPO run, over seeds."""
-    last = [
-        [m for m in run["metrics"] if "reward_margin" in m and m.get("validation")]
-        or [m for m in run["metrics"] if "reward_margin" in m]
+    found = [
+        [m for m in run["metrics"] if m["kind"] == "validation" and "reward_margin" in m]
         for run in runs
     ]
-    if not all(last):
+    if not all(found):
         return {}
-    names = ("reward_margin", "reward_accuracy")
-    return {n: float(np.mean([lines[-1][n] for lines in last])) for n in names}
+    names = ("reward_margin", "reward_accuracy", "pairs")
+    return {n: float(np.mean([lines[-1][n] for lines in found])) for n in names}
 
 
 def _trained_block(results: Mapping[str, Any], arm: str) -> int:
@@ -227,10 +226,15 @@ def _markdown(results, shown, points: Mapping[str, list[Point]], trained) -> str
             lines += _gains(arms, trained)
     rewards = {arm: values for arm, values in shown["preference"].items() if values}
     if rewards:
-        lines += ["", "## Preferences", "", "| arm | reward margin | reward accuracy |"]
-        lines += ["|---|---|---|"]
         lines += [
-            f"| {arm} | {v['reward_margin']:.3f} | {v['reward_accuracy']:.1%} |"
+            "",
+            "## Preferences",
+            "",
+            "| arm | reward margin | reward accuracy | held-out pairs |",
+        ]
+        lines += ["|---|---|---|---|"]
+        lines += [
+            f"| {arm} | {v['reward_margin']:.3f} | {v['reward_accuracy']:.1%} | {v['pairs']:.0f} |"
             for arm, v in rewards.items()
         ]
     return "\n".join(lines) + "\n"

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from llada2_jax import progress, quickstart_report
 from llada2_jax.assets import TINY_AR
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import ConfigError, TrainConfig, from_dict, validate
+from llada2_jax.config import ConfigError, TrainConfig
+from llada2_jax.config_check import from_dict, validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.documents import Document, documents
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer

@@ -12,12 +12,8 @@ from jax.sharding import Mesh
 
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import (
-    ConfigError,
-    TrainConfig,
-    configured_model,
-    model_dict,
-)
+from llada2_jax.config import ConfigError, TrainConfig, model_dict
+from llada2_jax.config_check import configured_model
 from llada2_jax.decoding_rules import THRESHOLD
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.config import config_to_hf, special_tokens

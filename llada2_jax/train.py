@@ -24,10 +24,10 @@ from tokenizers import Tokenizer
 
 from llada2_jax.adapters import add_adapters, split_trained, without_adapters
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import ConfigError, Phase, TrainConfig, validate
+from llada2_jax.config import ConfigError, Phase, TrainConfig
+from llada2_jax.config_check import validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
-from llada2_jax.data.prepared import PreparedDocuments
 from llada2_jax.distributed import joined
 from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
 from llada2_jax.evals.likelihood import preference_context, validation_contexts
@@ -137,7 +137,7 @@ def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") 
     """Runs or resumes a training run; returns the final model.
 
     Args:
-      cfg: from `config.validate`.
+      cfg: from `config_check.validate`.
       corpus: the data, if the caller has it already.
       profile: folder for a trace of ten steps, taken once steps are warm, or of as many as the run
         still has; empty: none.
@@ -175,7 +175,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
             corpus = load_corpus(cfg.data, tokenizer, bundle.special)
         _check_readable(cfg, corpus)
         validation = corpus.validation_batches(cfg.data, cfg.eval.rows, rows)
-        data = _described(cfg, corpus)
+        data = corpus.description(cfg.data)
     except ValueError as error:  # a source that is not there, or too few rows to validate on
         raise ConfigError(f"config: {error}") from error
     if jax.process_index() == 0:
@@ -312,18 +312,6 @@ def _check_pairs(corpus: Corpus) -> None:
                 f"config.data.sources: {source.name} holds {what}; dpo reads pairs without "
                 "weights: llada2 data prepare --content preference"
             )
-
-
-def _described(cfg: TrainConfig, corpus: Corpus) -> dict[str, dict[str, Any]]:
-    """By source: its rows, and the manifest of prepared data but for what tells of single rows and
-    files."""
-    described = corpus.report(cfg.data)
-    for source in corpus.sources:
-        if isinstance(source.train, PreparedDocuments):
-            manifest = source.train.manifest.items()
-            kept = {k: v for k, v in manifest if k not in ("bad_examples", "shards")}
-            described[source.name]["manifest"] = kept
-    return described
 
 
 def _stored(cfg: TrainConfig, action: Callable[[], None], what: str) -> None:

@@ -41,8 +41,8 @@ def _required(field: dataclasses.Field) -> bool:
 
 def convert(hint: Any, value: Any, where: str, error: type[Exception]) -> Any:
     """`value` as the declared type, or an error; nothing is coerced but int to float."""
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, where, error)  # type: ignore
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value, where, error)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):  # with None
         [kind] = (part for part in parts if part is not types.NoneType)

@@ -83,6 +83,16 @@ class Corpus:
             for s, part, share in zip(self.sources, parts, shares, strict=True)
         }
 
+    def description(self, cfg: DataConfig) -> dict[str, dict[str, Any]]:
+        """`report`, and how prepared data was made: its manifest but for single rows and files."""
+        described = self.report(cfg)
+        for source in self.sources:
+            if isinstance(source.train, PreparedDocuments):
+                manifest = source.train.manifest.items()
+                kept = {k: v for k, v in manifest if k not in ("bad_examples", "shards")}
+                described[source.name]["manifest"] = kept
+        return described
+
     def digests(self) -> dict[str, str]:
         """By source and split: SHA-256 of the documents, wherever they are."""
         return {

@@ -32,6 +32,7 @@ from llada2_jax.data.examples import BAD_ROW_KINDS, BadRow, Encoder, Example, en
 from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve_format
 from llada2_jax.data.tokenizer import vocab_size
 from llada2_jax.errors import UserError
+from llada2_jax.files import replace_text, sync
 from llada2_jax.types import SpecialTokens
 
 FORMAT_VERSION = 2
@@ -167,7 +168,7 @@ def _record_plan(folder: Path, job: Job, units: list[Unit]) -> None:
         (folder / TOKENIZER).mkdir(exist_ok=True)
         for name, text in job.tokenizer_files.items():
             (folder / TOKENIZER / name).write_bytes(text.encode())
-            _sync(folder / TOKENIZER / name)
+            sync(folder / TOKENIZER / name)
         write_json(path, wanted)
         return
     found = json.loads(path.read_text())
@@ -197,18 +198,7 @@ def _torn_plans(folder: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """The whole file or none of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    """Through to the disk: what follows must not be there without it after a power loss."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    replace_text(path, json.dumps(value, indent=1))
 
 
 # ------------------------------------------------------------------------------------ workers
@@ -336,7 +326,7 @@ class _Shard:
         index = np.asarray(self._entries, INDEX)
         np.save(f"{self._path}.npy", index)
         for suffix in ("array_record", "npy"):
-            _sync(Path(f"{self._path}.{suffix}"))
+            sync(Path(f"{self._path}.{suffix}"))
         self._sha256.update(index.tobytes())
         return {
             "documents": len(index),

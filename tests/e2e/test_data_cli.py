@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 
 from llada2_jax import cli
 from llada2_jax import train as training
-from llada2_jax.config import ConfigError, default_config, model_dict, validate
+from llada2_jax.config import ConfigError, default_config, model_dict
+from llada2_jax.config_check import validate
 from llada2_jax.data.corpus import load_corpus
 from llada2_jax.data.loader import batches
 from llada2_jax.metrics import read_metrics

@@ -11,7 +11,8 @@ import pytest
 
 from llada2_jax import reference, train
 from llada2_jax.checkpoint import ModelBundle, save_model
-from llada2_jax.config import ConfigError, default_config, validate
+from llada2_jax.config import ConfigError, default_config
+from llada2_jax.config_check import validate
 from llada2_jax.data.prepare import prepare
 from llada2_jax.data.prepared import read_manifest
 from llada2_jax.hub import load_bundle, load_model

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from llada2_jax.checkpoint import CheckpointError, ModelBundle, ParamReader, load_bundle, save_model
-from llada2_jax.config import default_config, validate
+from llada2_jax.config import default_config
+from llada2_jax.config_check import validate
 from llada2_jax.hub import load_model
 from llada2_jax.hub.streaming import Options, convert
 from llada2_jax.merge import merge_checkpoints

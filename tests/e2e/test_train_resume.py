@@ -14,7 +14,8 @@ import pytest
 
 from llada2_jax import cli
 from llada2_jax.checkpoint import ModelBundle, save_model
-from llada2_jax.config import ConfigError, load_config, validate
+from llada2_jax.config import ConfigError, load_config
+from llada2_jax.config_check import validate
 from llada2_jax.hub import load_model
 from llada2_jax.metrics import read_metrics
 from llada2_jax.model import init_params

@@ -329,7 +329,8 @@ def test_the_oracle_is_for_toys():
 
 
 def test_config_and_api_offer_the_same_backends():
-    from llada2_jax.config import CHOICES, RuntimeConfig
+    from llada2_jax.config import RuntimeConfig
+    from llada2_jax.config_check import CHOICES
 
     assert CHOICES["runtime.attention_backend"] == BACKENDS
     assert RuntimeConfig().attention_backend == "auto"

@@ -16,8 +16,8 @@ from llada2_jax.config import (
     OptimizerConfig,
     default_config,
     model_dict,
-    validate,
 )
+from llada2_jax.config_check import validate
 from llada2_jax.diffusion import corrupt
 from llada2_jax.hub import load_model
 from llada2_jax.metrics import read_metrics

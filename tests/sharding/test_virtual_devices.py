@@ -15,13 +15,7 @@ FOLDER = Path(__file__).parent
 
 @pytest.mark.parametrize("checks", sorted(FOLDER.glob("checks_*.py")), ids=lambda path: path.stem)
 def test_on_8_devices(checks):
-    # Programs of 8 devices run once: what LLVM would gain them costs more than they take.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
-    }
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     env = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(checks)]
     done = subprocess.run(

@@ -8,7 +8,8 @@ import pytest
 from llada2_jax import bench
 from llada2_jax.assets import TINY_AR
 from llada2_jax.bench import Overhead, loop_overhead
-from llada2_jax.config import ConfigError, TrainConfig, default_config, validate
+from llada2_jax.config import ConfigError, TrainConfig, default_config
+from llada2_jax.config_check import validate
 
 
 def test_shares_are_of_the_loop():

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from llada2_jax import cli
-from llada2_jax import config as config_module
+from llada2_jax import cli, config_check
 from llada2_jax.assets import TINY_AR
 from llada2_jax.config import (
     ConfigError,
@@ -22,8 +21,8 @@ from llada2_jax.config import (
     default_config,
     load_config,
     model_dict,
-    validate,
 )
+from llada2_jax.config_check import validate
 from llada2_jax.hub import load_bundle, param_shapes
 from llada2_jax.model import build
 from llada2_jax.plan import planned_model
@@ -227,7 +226,7 @@ def test_a_field_that_nothing_reads_is_an_error(field, value, run, where, read):
 def test_every_number_is_bounded():
     """By the table of bounds, or by a check of its own that the other tests of this file fail."""
     others = {"init.mask_id", "reference.mask_id", "lora.alpha", "schedule.posttrain_block"}
-    bounded = others | {path for *_, fields in config_module._BOUNDS for path in fields}
+    bounded = others | {path for *_, fields in config_check._BOUNDS for path in fields}
     for group in dataclasses.fields(TrainConfig):
         value = getattr(TrainConfig(), group.name)
         parts = vars(value) if dataclasses.is_dataclass(value) else {"": value}

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.checkpoint import flatten
-from llada2_jax.config import default_config, model_dict, validate
+from llada2_jax.config import default_config, model_dict
+from llada2_jax.config_check import validate
 from llada2_jax.costs import (
     Workload,
     allowed_pairs,

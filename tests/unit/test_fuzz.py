@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from llada2_jax import checkpoint
 from llada2_jax.checkpoint import ArraySpec, CheckpointError, ModelBundle, ParamReader
-from llada2_jax.config import ConfigError, TrainConfig, default_config, model_dict, validate
+from llada2_jax.config import ConfigError, TrainConfig, default_config, model_dict
+from llada2_jax.config_check import validate
 from llada2_jax.errors import UserError
 from llada2_jax.hub.config import config_from_hf, config_to_hf, special_tokens
 from llada2_jax.hub.safetensors_files import INDEX, TensorFolder, TensorFolderWriter

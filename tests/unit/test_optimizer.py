@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from llada2_jax import optimizer
-from llada2_jax.config import ConfigError, TrainConfig, default_config, model_dict, validate
+from llada2_jax.config import ConfigError, TrainConfig, default_config, model_dict
+from llada2_jax.config_check import validate
 from llada2_jax.model import build
 from llada2_jax.train_step import accumulated, init_state, make_context, reset_moments
 from tests.helpers import TINY, config, make_batch

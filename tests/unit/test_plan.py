@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from llada2_jax import cli, plan
-from llada2_jax.config import ConfigError, default_config, validate
+from llada2_jax.config import ConfigError, default_config
+from llada2_jax.config_check import validate
 from llada2_jax.hardware import CHIPS, GIB, slice_named, slices_of
 from llada2_jax.sharding import AXES
 from pallas_kernels.aot import LIBTPU

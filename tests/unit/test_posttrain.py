@@ -125,9 +125,13 @@ def test_gain_compares_the_fastest_settings_of_equal_score():
 
 
 def test_preference_reports_the_last_validation_over_seeds():
-    def run(margin):
-        lines = [{"loss": 1.0}, {"reward_margin": 9.0, "reward_accuracy": 0.0}]
-        return {"metrics": [*lines, {"reward_margin": margin, "reward_accuracy": 0.75}]}
+    def line(kind, margin, accuracy):
+        return {"kind": kind, "reward_margin": margin, "reward_accuracy": accuracy, "pairs": 4.0}
 
-    assert preference([run(1.0), run(2.0)]) == {"reward_margin": 1.5, "reward_accuracy": 0.75}
-    assert preference([{"metrics": [{"loss": 1.0}]}]) == {}
+    def run(margin):
+        held_out = [line("validation", 9.0, 0.0), line("validation", margin, 0.75)]
+        return {"metrics": [*held_out, line("train", -5.0, 0.5)]}
+
+    expected = {"reward_margin": 1.5, "reward_accuracy": 0.75, "pairs": 4.0}
+    assert preference([run(1.0), run(2.0)]) == expected
+    assert preference([{"metrics": [{"kind": "train", "loss": 1.0}]}]) == {}
