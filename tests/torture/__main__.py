@@ -68,14 +68,18 @@ class Lineage:
                 self._damage_newest()
 
     def _plan(self) -> list[tuple[int, float, str]]:
-        """(after how many steps of the life, and then how many seconds, what): the end is last."""
+        """(after how many steps of the life, and then how many seconds, what): the end is last.
+
+        -1: since the process was started. 0: since it has found its run, and begins to restore.
+        """
         rng = self.rng
-        steps = 0 if rng.random() < 0.15 else rng.randint(1, 16)
-        delay = rng.uniform(0, 3) if steps == 0 else rng.uniform(0, 0.1)
+        steps = -1 if rng.random() < 0.15 else rng.randint(1, 16)
+        delay = rng.uniform(0, 3) if steps < 0 else rng.uniform(0, 0.1)
         plan = [(steps, delay, rng.choice(list(ENDS)))]
         for _ in range(rng.randint(0, 2)):
             what = rng.choice(["disk full", "folder gone"])
-            plan.append((rng.randint(1, max(steps, 1)), 0.0, what))
+            at = 0 if rng.random() < 0.3 else rng.randint(1, max(steps, 1))
+            plan.append((at, 0.0, what))
         return sorted(plan, key=lambda event: event[:2])
 
     def _live(self, plan: list[tuple[int, float, str]]) -> bool:
@@ -86,7 +90,7 @@ class Lineage:
         process = context.Process(target=life.live, args=(self.folder, self.workdir, writer))
         process.start()
         writer.close()
-        steps, allowed, give_up = 0, {0}, time.monotonic() + PATIENCE
+        steps, allowed, give_up = -1, {0}, time.monotonic() + PATIENCE
         while process.is_alive():
             steps += self._listen(reader, 0.01)
             if plan and steps >= plan[0][0] and process.is_alive():
@@ -104,12 +108,13 @@ class Lineage:
         return process.exitcode == 0
 
     def _listen(self, reader, seconds: float) -> int:
-        """How many steps the life has told of; a step taken again replaces the earlier one."""
+        """How often the life has told of something: that it restores, or a step and its documents,
+        which replace those of the same step taken earlier."""
         count = 0
         with contextlib.suppress(EOFError, OSError):
             while reader.poll(0 if count else seconds):
-                step, documents = reader.recv()
-                self.seen[step] = documents
+                told = reader.recv()
+                self.seen |= {told[0]: told[1]} if told else {}
                 count += 1
         return count
 

@@ -4,6 +4,7 @@ The fork server imports this module once, and every life is a fork of it: a new 
 own device, compiled functions and files, that skips only the imports.
 """
 
+import functools
 import os
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +25,7 @@ from llada2_jax.config import (
     TrainConfig,
 )
 from llada2_jax.model import init_params
+from llada2_jax.train_checkpoints import TrainCheckpoints
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config as tiny
 from tests.tiny_run import VOCAB, write_corpus
@@ -60,8 +62,8 @@ def make_config(folder: Path, workdir: Path) -> TrainConfig:
 
 
 def live(folder: Path, workdir: Path, seen: Connection) -> None:
-    """Trains in this process, and sends each step with its documents to `seen`: a pipe, which
-    takes them even while the disk does not."""
+    """Trains in this process, and sends to `seen` None when it has found its run, and each step
+    with its documents: a pipe takes them even while the disk does not."""
     log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -69,8 +71,15 @@ def live(folder: Path, workdir: Path, seen: Connection) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if not (folder / "parent").exists():
         prepare(folder)
+    train_module.TrainCheckpoints = functools.partial(_announced, seen)
     train_module.make_train_step = _recording(train_module.make_train_step, seen)
     train_module.train(make_config(folder, workdir))
+
+
+def _announced(seen: Connection, *args, **options) -> TrainCheckpoints:
+    checkpoints = TrainCheckpoints(*args, **options)
+    seen.send(None)
+    return checkpoints
 
 
 def _recording(make_train_step, seen: Connection):
