@@ -51,7 +51,8 @@ class DataConfig:
     tokenizer: folder with tokenizer.json; empty: the starting checkpoint's.
     row_length: tokens a row. rows_per_step: rows a step, over all micro-batches.
     document_mask: documents of a row do not see each other. block_anchor: "document" or "row".
-    random_length_fraction: share of rows cut in two at random (§4.2)."""
+    random_length_fraction: share of rows cut in two at random (§4.2).
+    retry_seconds: how long a read of `sources` that storage refuses is tried again."""
 
     source: str = "stdlib"
     sources: tuple[str, ...] = ()
@@ -65,6 +66,7 @@ class DataConfig:
     document_mask: bool = True
     block_anchor: str = "document"
     random_length_fraction: float = 0.0
+    retry_seconds: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,6 +130,7 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "checkpoint.keep_best",
             "checkpoint.keep_every_tokens",
             "checkpoint.retry_seconds",
+            "data.retry_seconds",
             "spikes.max_rollbacks",
         ),
     ),
@@ -191,6 +192,11 @@ _UNREAD = (
         lambda cfg: cfg.data.sources,
         ("data.source",),
         "prepare it (llada2 data prepare), and add the folder to sources",
+    ),
+    _Unread(
+        "where config.data.sources is empty: config.data.source is read once, at the start",
+        lambda cfg: not cfg.data.sources,
+        ("data.retry_seconds",),
     ),
     _Unread(
         "where config.data.sources has less than two folders",

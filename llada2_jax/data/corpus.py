@@ -168,11 +168,15 @@ def _prepared_sources(
     cfg: DataConfig, tokenizer: Tokenizer, special: SpecialTokens
 ) -> tuple[Source, ...]:
     digest = tokenizer_hash(tokenizer.to_str())
+
+    def read(folder: str, split: str) -> PreparedDocuments:
+        return PreparedDocuments(folder, split, cfg.retry_seconds)
+
     sources = tuple(
-        Source(
-            folder, PreparedDocuments(folder, "train"), PreparedDocuments(folder, "validation"), w
+        Source(folder, read(folder, "train"), read(folder, "validation"), weight)
+        for folder, weight in zip(
+            cfg.sources, cfg.weights or [None] * len(cfg.sources), strict=True
         )
-        for folder, w in zip(cfg.sources, cfg.weights or [None] * len(cfg.sources), strict=True)
     )
     for source in sources:
         _check_fit(source.name, read_manifest(source.name), digest, special)

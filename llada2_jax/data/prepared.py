@@ -19,7 +19,6 @@ from llada2_jax.errors import UserError
 from llada2_jax.retry import with_retries
 
 # How long records are asked for again when storage fails.
-RETRY_SECONDS = 60.0
 # ArrayRecord has one exception for damage and for a system call that failed, which its text names.
 _SYSTEM_CALL = re.compile(r"\b\w+\(\) failed")
 
@@ -83,7 +82,7 @@ class PreparedDocuments:
     read that storage refuses is tried again.
     """
 
-    def __init__(self, folder: str | Path, split: str, retry_seconds: float = RETRY_SECONDS):
+    def __init__(self, folder: str | Path, split: str, retry_seconds: float = 60.0):
         self.folder, self.split, self._retry_seconds = Path(folder), split, retry_seconds
         self.manifest = read_manifest(folder)
         self._dtype = np.dtype(f"<u{self.manifest['token_bytes']}")

@@ -631,7 +631,8 @@ def test_reads_that_fail_for_a_while_are_tried_again(failing):
 
 def test_reads_that_keep_failing_stop_with_the_reason_and_damage_at_once(failing, tmp_path):
     folder, faults = failing
-    documents = PreparedDocuments(folder, "train", retry_seconds=0.1)
+    cfg = DataConfig(sources=(str(folder),), row_length=16, retry_seconds=0.1)
+    documents = load_corpus(cfg, TOKENIZER, SPECIAL).sources[0].train
     faults += [EIO] * 1000
     with pytest.raises(retry.StorageError, match=r"reading record 0 .*0.1 s: pread\(\) failed"):
         documents.read(0, 0, 1)
