@@ -88,7 +88,7 @@ def resolve_format(spec: SourceSpec) -> SourceSpec:
         return spec
     if spec.format != "auto":
         raise SourceError(f"format {spec.format!r}: choose one of auto, {', '.join(FORMATS)}")
-    path = epath.Path(spec.path).expanduser()
+    path = _root(spec.path)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return dataclasses.replace(spec, format="huggingface")
     # Of a whole folder, files of no known format are nobody's; files asked for by name are text.
@@ -139,12 +139,19 @@ def place(spec: SourceSpec, unit: Unit, row: int) -> str:
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, OSError)
 
 
+def _root(path: str) -> epath.Path:
+    """The source as a path. Raises: SourceError without the package that reads buckets."""
+    if path.startswith("gs://"):
+        require("gcsfs", "gcs", "reads gs:// paths")
+    return epath.Path(path).expanduser()
+
+
 def list_files(path: str, patterns: tuple[str, ...]) -> list[epath.Path]:
     """Files in the order of their names: a file, a folder's files that match, or a glob's.
 
     Raises: SourceError if there is none.
     """
-    root = epath.Path(path).expanduser()
+    root = _root(path)
     if root.is_dir():
         found = [p for p in _walk(root) if any(fnmatch.fnmatch(p.name, x) for x in patterns)]
     elif any(c in root.name for c in "*?["):
@@ -158,14 +165,17 @@ def list_files(path: str, patterns: tuple[str, ...]) -> list[epath.Path]:
 
 
 def _walk(root: epath.Path) -> Iterator[epath.Path]:
-    """All files below a folder; epath refuses recursive patterns."""
+    """All files below a folder; epath refuses recursive patterns, and its walk of a bucket names
+    folders without the scheme."""
+    scheme = "".join(str(root).partition("://")[:2]) if "://" in str(root) else ""
     for folder, _, names in root.walk():
-        yield from (folder / name for name in names)
+        named = epath.Path(scheme + str(folder).removeprefix(scheme))
+        yield from (named / name for name in names)
 
 
 def _files(spec: SourceSpec, patterns: tuple[str, ...]) -> list[tuple[epath.Path, str]]:
     """The source's files, and their names relative to it."""
-    root = epath.Path(spec.path).expanduser()
+    root = _root(spec.path)
     base = root if root.is_dir() else root.parent
     files = list_files(spec.path, (spec.pattern,) if spec.pattern else patterns)
     return [(f, f.relative_to(base).as_posix()) for f in files]
@@ -210,7 +220,7 @@ class _Text:
             if sum(size for _, size in groups[-1]) >= UNIT_BYTES or len(groups[-1]) >= UNIT_ROWS:
                 groups.append([])
             groups[-1].append((name, file.stat().length))
-        root = epath.Path(spec.path).expanduser()
+        root = _root(spec.path)
         base = root if root.is_dir() else root.parent
         return [self._unit(base, *zip(*group, strict=True)) for group in groups]
 
@@ -441,7 +451,7 @@ class _HuggingFace:
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
         rows = len(self._load(spec.path, spec.split))
-        stamp = _stamp(sorted(_walk(epath.Path(spec.path))))
+        stamp = _stamp(sorted(_walk(_root(spec.path))))
         return [Unit(spec.path, "", a, b, b - a, stamp=stamp) for a, b in _ranges(rows, UNIT_ROWS)]
 
     @staticmethod
