@@ -36,15 +36,12 @@ def upload(url: str, folder: Path) -> None:
 
 def prepared(source: str, out: Path, url: str) -> list[list[int]]:
     """The documents that a process of its own makes of the source."""
-    env = (
-        os.environ
-        | {
-            "STORAGE_EMULATOR_HOST": url,
-            # Else it asks for the kind of bucket by gRPC, which this server does not speak.
+    env = os.environ | {
+        "STORAGE_EMULATOR_HOST": url,
+        # Else it asks for the kind of bucket by gRPC, which this server does not speak.
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            "NO_GCE_CHECK": "true",
-        }
-    )
+        "NO_GCE_CHECK": "true",
+    }
     command = [sys.executable, "-m", "llada2_jax.cli", "data", "prepare", source, str(out)]
     command += ["--tokenizer", str(TINY_AR), "--validation-percent", "0", "--processes", "1"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
