@@ -16,7 +16,7 @@ from llada2_jax.data.loader import validation_batches
 from llada2_jax.data.mixing import MixedRows, Rows, ShuffledRows
 from llada2_jax.data.packing import Documents, PackedRows, tokenize
 from llada2_jax.data.prepare import tokenizer_hash
-from llada2_jax.data.prepared import PreparedDocuments, PreparedError, read_manifest
+from llada2_jax.data.prepared import PreparedDocuments, PreparedError
 from llada2_jax.data.tokenizer import token_byte_lengths
 from llada2_jax.types import Batch, SpecialTokens
 
@@ -170,7 +170,9 @@ def _prepared_sources(
     digest = tokenizer_hash(tokenizer.to_str())
 
     def read(folder: str, split: str) -> PreparedDocuments:
-        return PreparedDocuments(folder, split, cfg.retry_seconds)
+        documents = PreparedDocuments(folder, split, cfg.retry_seconds)
+        _check_fit(folder, documents.manifest, digest, special)
+        return documents
 
     sources = tuple(
         Source(folder, read(folder, "train"), read(folder, "validation"), weight)
@@ -178,8 +180,6 @@ def _prepared_sources(
             cfg.sources, cfg.weights or [None] * len(cfg.sources), strict=True
         )
     )
-    for source in sources:
-        _check_fit(source.name, read_manifest(source.name), digest, special)
     if len({s.train.paired for s in sources}) > 1:
         raise PreparedError(
             "data.sources mix preference pairs with other texts: no objective is for both"

@@ -14,10 +14,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from llada2_jax.errors import UserError
 from llada2_jax.files import replace_text, sync
 from llada2_jax.types import SpecialTokens
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST, PLAN, TOKENIZER = "manifest.json", "plan.json", "tokenizer"
 SPLITS = ("train", "validation")
 # Long texts are kept in records of this many tokens, so that a row never reads megabytes.
@@ -324,7 +326,9 @@ class _Shard:
         with self._storage_errors():
             self._writer.close()
         index = np.asarray(self._entries, INDEX)
-        np.save(f"{self._path}.npy", index)
+        file = io.BytesIO()
+        np.save(file, index)
+        Path(f"{self._path}.npy").write_bytes(file.getvalue())
         for suffix in ("array_record", "npy"):
             sync(Path(f"{self._path}.{suffix}"))
         self._sha256.update(index.tobytes())
@@ -336,6 +340,7 @@ class _Shard:
             "longest": int(index["tokens"].max(initial=0)),
             "weighted": not self._weights <= {0.0, 1.0},
             "sha256": self._sha256.hexdigest(),
+            "crc32": zlib.crc32(file.getvalue()),  # of the index, as the file has it
         }
 
     @contextlib.contextmanager
@@ -401,8 +406,13 @@ def _manifest(job: Job, units: list[Unit], folder: Path) -> dict[str, Any]:
         "token_bytes": job.token_dtype.itemsize,
         "chunk_tokens": CHUNK_TOKENS,
         "splits": splits,
-        "shards": [{s: r["splits"][s]["records"] for s in SPLITS} for r in reports],
+        "shards": [{s: _shard(r["splits"][s]) for s in SPLITS} for r in reports],
     }
+
+
+def _shard(report: dict[str, Any]) -> dict[str, int]:
+    """What a reader checks a shard against."""
+    return {"records": report["records"], "crc32": report["crc32"]}
 
 
 def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import re
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,12 @@ from llada2_jax.data.examples import decode_record
 from llada2_jax.data.prepare import FORMAT_VERSION, INDEX, MANIFEST, PLAN, SPLITS, TOKENIZER
 from llada2_jax.data.sources import SourceSpec, Unit, place
 from llada2_jax.errors import UserError
-from llada2_jax.retry import with_retries
+from llada2_jax.retry import storage_failed, with_retries
 
-# How long records are asked for again when storage fails.
 # ArrayRecord has one exception for damage and for a system call that failed, which its text names.
 _SYSTEM_CALL = re.compile(r"\b\w+\(\) failed")
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+_AGAIN = "prepare it again (--overwrite)"
 
 
 class PreparedError(UserError, ValueError):
@@ -36,12 +40,18 @@ def prepared_tokenizer(folder: str | Path) -> Tokenizer:
         raise PreparedError(f"{path} cannot be read: {error}; prepare it again") from None
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a prepared folder. Raises: PreparedError."""
+def read_manifest(folder: str | Path, retry_seconds: float = 60.0) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Args:
+      retry_seconds: for how long a read that storage refuses is tried again.
+
+    Raises: PreparedError, StorageError.
+    """
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
+        manifest = json.loads(_patiently(path.read_text, f"reading {path}", retry_seconds))
+    except _ABSENT:
         unfinished = (path.parent / PLAN).exists()
         why = "its preparation was stopped: run it again" if unfinished else "it was not prepared"
         raise PreparedError(f"{folder} has no {MANIFEST}: {why} (llada2 data prepare)") from None
@@ -49,12 +59,23 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise PreparedError(f"{path} is not JSON: {error}") from None
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise PreparedError(f"{path}: version {version!r}, this program reads {FORMAT_VERSION}")
+        raise PreparedError(
+            f"{path}: version {version!r}, this program reads {FORMAT_VERSION}: {_AGAIN}"
+        )
     try:
         _check(manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise PreparedError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     return manifest
+
+
+def _patiently[T](read: Callable[[], T], what: str, seconds: float) -> T:
+    """read(), again and again where storage fails. A file that is not there is no such failure."""
+
+    def passes(error: Exception) -> bool:
+        return storage_failed(error) and not isinstance(error, _ABSENT)
+
+    return with_retries(read, what, seconds=seconds, passes=passes)
 
 
 def _check(manifest: dict[str, Any]) -> None:
@@ -68,7 +89,10 @@ def _check(manifest: dict[str, Any]) -> None:
     manifest["encode"]["content"].lower()
     for split in SPLITS:
         total = manifest["splits"][split]
-        if sum(shard[split] for shard in manifest["shards"]) != total["records"]:
+        shards = [shard[split] for shard in manifest["shards"]]
+        if {type(shard["crc32"]) for shard in shards} - {int}:
+            raise TypeError("a shard has no checksum")
+        if sum(shard["records"] for shard in shards) != total["records"]:
             raise TypeError(f"the shards' records do not sum to {total['records']!r}")
         bool(total["weighted"])
         total["sha256"].lower()
@@ -80,15 +104,18 @@ class PreparedDocuments:
     ids: int32 [docs]. lengths: int64 [docs], tokens of each. chosen: int64 [docs], see
     examples.Example. first_supervised, supervised_end: int64 [docs]. retry_seconds: for how long a
     read that storage refuses is tried again.
+
+    Raises: PreparedError for a folder that is not what its manifest says; StorageError.
     """
 
     def __init__(self, folder: str | Path, split: str, retry_seconds: float = 60.0):
         self.folder, self.split, self._retry_seconds = Path(folder), split, retry_seconds
-        self.manifest = read_manifest(folder)
+        self.manifest = read_manifest(folder, retry_seconds)
         self._dtype = np.dtype(f"<u{self.manifest['token_bytes']}")
         self._chunk = int(self.manifest["chunk_tokens"])
-        self._records = [shard[split] for shard in self.manifest["shards"]]
-        parts = [self._index(i) for i in range(len(self._records))]
+        shards = [shard[split] for shard in self.manifest["shards"]]
+        self._records = [shard["records"] for shard in shards]
+        parts = [self._index(i, shard["crc32"]) for i, shard in enumerate(shards)]
         index = np.concatenate(parts) if parts else np.zeros(0, INDEX)
         self._unit_ends = np.cumsum([len(p) for p in parts])
         self._rows = index["row"]
@@ -102,24 +129,24 @@ class PreparedDocuments:
         if chunks.sum() != sum(self._records):
             raise PreparedError(
                 f"{folder}: the index announces {chunks.sum()} records, the manifest "
-                f"{sum(self._records)}: prepare it again"
+                f"{sum(self._records)}: {_AGAIN}"
             )
         self._paths = [
             self.folder / f"{i:05d}.{split}.array_record" for i, n in enumerate(self._records) if n
         ]
-        missing = next((p for p in self._paths if not p.is_file()), None)
-        if missing:
-            raise PreparedError(f"{missing} is missing: prepare it again")
+        for path in self._paths:
+            if not _patiently(path.is_file, f"looking for {path}", retry_seconds):
+                raise PreparedError(f"{path} is missing: {_AGAIN}")
 
-    def _index(self, number: int) -> np.ndarray:
+    def _index(self, number: int, checksum: int) -> np.ndarray:
         path = self.folder / f"{number:05d}.{self.split}.npy"
         try:
-            index = np.load(path, allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
-            raise PreparedError(f"{path} cannot be read: {error}; prepare it again") from None
-        if index.dtype != INDEX:
-            raise PreparedError(f"{path} has other fields than an index: prepare it again")
-        return index
+            data = _patiently(path.read_bytes, f"reading {path}", self._retry_seconds)
+        except _ABSENT:
+            raise PreparedError(f"{path} is missing: {_AGAIN}") from None
+        if zlib.crc32(data) != checksum:
+            raise PreparedError(f"{path} is damaged, its checksum is not the manifest's: {_AGAIN}")
+        return np.load(io.BytesIO(data), allow_pickle=False)
 
     @property
     def digest(self) -> str:
@@ -141,7 +168,7 @@ class PreparedDocuments:
         if len(source) != sum(self._records):
             raise PreparedError(
                 f"{self.folder}: {len(source)} records, the manifest says {sum(self._records)}: "
-                "prepare it again"
+                f"{_AGAIN}"
             )
         return source
 
@@ -150,26 +177,30 @@ class PreparedDocuments:
 
         Raises: PreparedError for a record that is not what the index says; StorageError.
         """
-        base = int(self._first_record[document])
+        base, length = int(self._first_record[document]), int(self.lengths[document])
         if self.chosen[document]:
-            tokens, weights = self._record(base)
+            tokens, weights = self._record(base, length)
             return tokens[start:stop], weights[start:stop]
         parts = []
         for chunk in range(start // self._chunk, -(-stop // self._chunk)):
-            tokens, weights = self._record(base + chunk)
+            size = min(length - chunk * self._chunk, self._chunk)
+            tokens, weights = self._record(base + chunk, size)
             part = slice(max(start - chunk * self._chunk, 0), stop - chunk * self._chunk)
             parts.append((tokens[part], weights[part]))
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([t for t, _ in parts]), np.concatenate([w for _, w in parts])
 
-    def _record(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _record(self, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         what = f"reading record {number} of the {self.split} split of {self.folder}"
-        return with_retries(lambda: self._decode(number), what, seconds=self._retry_seconds)
+        return with_retries(lambda: self._decode(number, size), what, seconds=self._retry_seconds)
 
-    def _decode(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _decode(self, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         try:
-            return decode_record(self._source[number], self._dtype)
+            tokens, weights = decode_record(self._source[number], self._dtype)
+            if len(tokens) != size:
+                raise ValueError(f"it has {len(tokens)} tokens, the index says {size}")
+            return tokens, weights
         except PreparedError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:

@@ -19,7 +19,7 @@ from llada2_jax.data import sources
 from llada2_jax.data.chat import ChatTemplate, TemplateError, template_of
 from llada2_jax.data.encoders import EncodeOptions, make_encoder
 from llada2_jax.data.examples import BadRow, decode_record
-from llada2_jax.data.prepare import MANIFEST, prepare
+from llada2_jax.data.prepare import MANIFEST, SPLITS, prepare
 from llada2_jax.data.prepared import PreparedDocuments, PreparedError
 from llada2_jax.data.sources import SourceSpec, plan, read
 from tests.data_helpers import SPECIAL, files, job, texts, write_jsonl
@@ -27,6 +27,7 @@ from tests.fuzzing import fuzz, json_values
 
 FORMATS = ("a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.array_record")
 TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
+SHARD = (".npy", ".array_record")
 
 # --------------------------------------------------------------------------------------- lines
 
@@ -289,6 +290,39 @@ def test_sizes_that_no_array_can_count_with(prepared):
             PreparedDocuments(prepared, "train")
     finally:
         path.write_text(good)
+
+
+@pytest.fixture(scope="module")
+def whole(prepared):
+    return read_all(prepared)
+
+
+def read_all(folder):
+    """Every document of both splits, with all that the index says of it."""
+    found = []
+    for documents in (PreparedDocuments(folder, split) for split in SPLITS):
+        for i, n in enumerate(documents.lengths):
+            tokens, weights = documents.read(i, 0, int(n))
+            spans = documents.chosen, documents.first_supervised, documents.supervised_end
+            place = documents.place(i), int(documents.ids[i])
+            found.append((place, *(int(s[i]) for s in spans), tokens.tolist(), weights.tolist()))
+    return found
+
+
+@given(st.data(), st.integers(0, 7))
+@fuzz
+def test_a_flipped_bit_of_an_index_or_a_shard_changes_no_document(prepared, whole, data, bit):
+    path = data.draw(st.sampled_from([p for p in sorted(prepared.iterdir()) if p.suffix in SHARD]))
+    good = path.read_bytes()
+    damaged = bytearray(good)
+    damaged[data.draw(st.integers(0, len(good) - 1))] ^= 1 << bit
+    try:
+        path.write_bytes(damaged)
+        assert read_all(prepared) == whole and path.suffix != ".npy"  # bits that nothing reads
+    except PreparedError:
+        pass
+    finally:
+        path.write_bytes(good)
 
 
 @given(st.binary(max_size=300))

@@ -1,7 +1,9 @@
 """Sources to shards: the same rows from every format, the same bytes however the work is done."""
 
 import dataclasses
+import errno
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -574,15 +576,26 @@ def test_damaged_folders_are_named(source, tmp_path):
         with pytest.raises(PreparedError, match=message):
             PreparedDocuments(out, "train")
     (out / MANIFEST).write_text(good)
-    index = (out / "00002.train.npy").read_bytes()
-    (out / "00002.train.npy").write_bytes(index[:-4])
-    with pytest.raises(PreparedError, match=r"00002\.train\.npy cannot be read"):
+    path = out / "00002.train.npy"
+    index = path.read_bytes()
+    for damaged in (index[:-4], (out / "00003.train.npy").read_bytes(), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(PreparedError, match=r"00002\.train\.npy is damaged.*\(--overwrite\)"):
+            PreparedDocuments(out, "train")
+    path.unlink()
+    with pytest.raises(PreparedError, match=r"00002\.train\.npy is missing"):
         PreparedDocuments(out, "train")
-    (out / "00002.train.npy").write_bytes((out / "00003.train.npy").read_bytes())
-    with pytest.raises(PreparedError, match="prepare it again"):
-        documents = PreparedDocuments(out, "train")
+    path.write_bytes(index)
+    # A shard in the place of another that has as many documents, of other lengths.
+    records = [shard["train"]["records"] for shard in json.loads(good)["shards"]]
+    one = next(n for n in range(8) if records[n] in records[:n])
+    path = out / f"{one:05d}.train.array_record"
+    shard = path.read_bytes()
+    path.write_bytes((out / f"{records.index(records[one]):05d}.train.array_record").read_bytes())
+    documents = PreparedDocuments(out, "train")
+    with pytest.raises(PreparedError, match=r"is damaged: it has \d+ tokens, the index says \d+"):
         [documents.read(i, 0, int(n)) for i, n in enumerate(documents.lengths)]
-    (out / "00002.train.npy").write_bytes(index)
+    path.write_bytes(shard)
     (out / "00004.train.array_record").unlink()
     with pytest.raises(PreparedError, match=r"00004\.train\.array_record is missing"):
         PreparedDocuments(out, "train").read(0, 0, 1)
@@ -634,7 +647,7 @@ def test_reads_that_keep_failing_stop_with_the_reason_and_damage_at_once(failing
     cfg = DataConfig(sources=(str(folder),), row_length=16, retry_seconds=0.1)
     documents = load_corpus(cfg, TOKENIZER, SPECIAL).sources[0].train
     faults += [EIO] * 1000
-    with pytest.raises(retry.StorageError, match=r"reading record 0 .*0.1 s: pread\(\) failed"):
+    with pytest.raises(retry.StorageError, match=r"reading record 0 .*: pread\(\) failed"):
         documents.read(0, 0, 1)
     faults[:] = ["Corrupted Riegeli/records file: chunk data hash mismatch"] * 2
     with pytest.raises(PreparedError, match="record 0 of the train split is damaged: Corrupted"):
@@ -648,6 +661,36 @@ def test_reads_that_keep_failing_stop_with_the_reason_and_damage_at_once(failing
     (tmp_path / "away").rename(folder)
     faults.clear()
     assert documents.read(0, 0, 1)[0].tolist() == [SPECIAL.bos]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "00003.validation.npy", "00002.train.array_record"])
+def test_a_start_waits_for_storage_and_not_for_what_is_not_there(
+    name, source, tmp_path, monkeypatch
+):
+    """Manifest and index are read, shards are looked for, when a run starts."""
+    prepare(job(source), tmp_path / "out", processes=1)
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    faults, open_, stat = [], io.open, Path.stat
+
+    def fail(path):
+        if Path(path).name == name and faults:
+            raise OSError(faults.pop(), "Input/output error", str(path))
+
+    monkeypatch.setattr(io, "open", lambda file, *a, **k: fail(file) or open_(file, *a, **k))
+    monkeypatch.setattr(Path, "stat", lambda self, **k: fail(self) or stat(self, **k))
+    cfg = DataConfig(sources=(str(tmp_path / "out"),), row_length=16)
+    calm = load_corpus(cfg, TOKENIZER, SPECIAL).sources[0].train.ids
+    faults += [errno.EIO] * 2
+    np.testing.assert_array_equal(load_corpus(cfg, TOKENIZER, SPECIAL).sources[0].train.ids, calm)
+    assert not faults
+    faults += [errno.EIO] * 1000
+    cfg = dataclasses.replace(cfg, retry_seconds=0.1)
+    with pytest.raises(retry.StorageError, match=rf"{name} failed.*Input/output error"):
+        load_corpus(cfg, TOKENIZER, SPECIAL)
+    faults[:] = [errno.ENOENT] * 3
+    with pytest.raises(PreparedError, match="is missing|was not prepared|was stopped"):
+        load_corpus(cfg, TOKENIZER, SPECIAL)
+    assert len(faults) == 2
 
 
 def test_data_of_another_tokenizer_is_refused(source, tmp_path):
