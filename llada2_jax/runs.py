@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def _results(lines: Sequence[Mapping[str, Any]], workdir: Path) -> dict[str, Any
     result: dict[str, Any] = {
         "starts": len(read_starts(workdir)),
         "steps": max((line["step"] for line in train), default=0),
-        "tokens": max((line.get("tokens", 0) for line in train), default=0),
+        "tokens": int(max(_values(train, "tokens"), default=0)),
         "training loss, last tenth": _mean(train[-max(1, len(train) // 10) :], "loss"),
         "steps skipped": train[-1].get("skipped") if train else None,
         "rollbacks": sum(line["kind"] == "rollback" for line in lines),
@@ -80,23 +81,32 @@ def _results(lines: Sequence[Mapping[str, Any]], workdir: Path) -> dict[str, Any
         "input wait, median": _median(train, "input_wait_fraction"),
     }
     for kind, scores in _validation(lines).items():
-        result[f"best bits/byte, {kind}"] = min(value for _, value in scores)
-        result[f"last bits/byte, {kind}"] = scores[-1][1]
+        result[f"best {kind}"] = min(value for _, value in scores)
+        result[f"last {kind}"] = scores[-1][1]
     return result
 
 
 def _validation(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """{what was measured: [(tokens, bits per byte)]}; only equal kinds compare."""
+    """{what was measured: [(tokens, bits per byte, or the loss of what has none: preferences)]};
+    only equal kinds compare."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
-        if "bits_per_byte" in line:
+        if line["kind"] in ("train", "rollback"):
+            continue
+        name = "bits_per_byte" if "bits_per_byte" in line else "loss"
+        if _has(line, name) and _has(line, "tokens"):
             what = str(line.get("measured", line["kind"]))  # older runs wrote it as the kind
-            found.setdefault(what, []).append((line["tokens"], line["bits_per_byte"]))
+            label = f"{'bits/byte' if name == 'bits_per_byte' else name}, {what}"
+            found.setdefault(label, []).append((line["tokens"], line[name]))
     return found
 
 
 def _values(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [line[name] for line in lines if name in line]
+    return [line[name] for line in lines if _has(line, name)]
+
+
+def _has(line: Mapping[str, Any], name: str) -> bool:
+    return isinstance(line.get(name), int | float)
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -119,8 +129,11 @@ def _agreement(first: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, An
 def _same_until(
     first: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], name: str
 ) -> int:
-    """The last step up to which both runs logged equal values."""
-    a, b = ({x["step"]: x[name] for x in lines if name in x} for lines in (first, own))
+    """The last step up to which both runs logged equal values; not a number is one."""
+    a, b = (
+        {x["step"]: json.dumps(x[name]) for x in lines if x["kind"] == "train" and name in x}
+        for lines in (first, own)
+    )
     same = 0
     for step in sorted(a.keys() & b.keys()):
         if a[step] != b[step]:
@@ -163,7 +176,7 @@ def plot(workdirs: Sequence[Path], names: Sequence[str], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for index, (workdir, name) in enumerate(zip(workdirs, names, strict=True)):
         lines = read_metrics(workdir)
-        train = [x for x in lines if x["kind"] == "train" and "loss" in x]
+        train = [x for x in lines if x["kind"] == "train" and _has(x, "loss") and _has(x, "tokens")]
         size = max(1, len(train) // 50)
         groups = [train[i : i + size] for i in range(0, len(train), size)]
         tokens = [group[-1]["tokens"] for group in groups]
@@ -173,7 +186,7 @@ def plot(workdirs: Sequence[Path], names: Sequence[str], path: Path) -> None:
         ):
             x, y = zip(*scores, strict=True)
             right.plot(x, y, color=f"C{index}", marker=marker, label=f"{name}: {kind}")
-    for axes, label in ((left, "training loss, nats/token"), (right, "validation, bits/byte")):
+    for axes, label in ((left, "training loss, nats/token"), (right, "validation")):
         axes.set_xlabel("clean tokens")
         axes.set_ylabel(label)
         if axes.has_data():

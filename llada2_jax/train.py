@@ -31,7 +31,7 @@ from llada2_jax.data.loader import batches
 from llada2_jax.distributed import joined
 from llada2_jax.errors import EXIT_STATUS, UsageError, UserError
 from llada2_jax.evals.likelihood import preference_context, validation_contexts
-from llada2_jax.metrics import MetricLogger
+from llada2_jax.metrics import MetricLogger, read_metrics
 from llada2_jax.objectives import Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
 from llada2_jax.reference import (
@@ -92,6 +92,7 @@ class Run:
     state: TrainState
     mesh: Mesh
     refer: Refer
+    latest: dict[str, Any] = dataclasses.field(default_factory=dict)  # metrics of the last step
     steps: dict[str, Callable] = dataclasses.field(default_factory=dict)
     evals: dict[str, Callable] = dataclasses.field(default_factory=dict)
     norms: dict[str, Callable] = dataclasses.field(default_factory=dict)
@@ -191,6 +192,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         _stored(cfg, record, f"writing {workdir}/config.json")
     corpus, validation, refer = _refer(cfg, reference, corpus, validation, mesh)
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint, tokens_per_step=cfg.tokens_per_step)
+    _check_not_lost(cfg, checkpoints)
     state = base = restored = None
     if cfg.lora.rank or not checkpoints.newest:
         state = init_state(cfg, bundle.params, mesh)
@@ -316,6 +318,21 @@ def _check_pairs(corpus: Corpus) -> None:
 
 def _stored(cfg: TrainConfig, action: Callable[[], None], what: str) -> None:
     with_retries(action, what, seconds=cfg.checkpoint.retry_seconds)
+
+
+def _check_not_lost(cfg: TrainConfig, checkpoints: TrainCheckpoints) -> None:
+    """A run whose checkpoints somebody took away is not begun anew over what is left of it.
+
+    A run that has begun to write its second checkpoint has the first, and keeps one from then on.
+    """
+    steps = [line["step"] for line in read_metrics(Path(cfg.workdir))]
+    if checkpoints.newest or not steps:
+        return
+    if sum(saves_after(cfg, step) for step in range(1, max(steps))) >= 2:
+        raise ConfigError(
+            f"{cfg.workdir}/metrics.jsonl goes to step {max(steps)}, but {checkpoints.folder} has "
+            "no checkpoint: bring them back, or choose another workdir to begin anew"
+        )
 
 
 def _restored(
@@ -457,6 +474,7 @@ def _log(run: Run, pending: _Pending) -> tuple[str, str, int] | None:
             extra["input_wait_fraction"] = pending.input_wait / elapsed
         run.logger.write(step, "train", phase.name, values | extra)
     last, (step, phase, _) = fetched[-1], pending.steps[-1]
+    run.latest = {"kind": phase.name, **last}
     shown = {"loss": sum(f["loss"] for f in fetched) / steps, "grad": last["grad_norm"]}
     if last["skipped"]:
         shown["skipped"] = last["skipped"]
@@ -557,7 +575,7 @@ def _save(run: Run, step: int, scores: dict[str, Any] | None = None, *, wait: bo
         "step": step,
         "phase": phase.name,
         "phase_index": index,
-        "metrics": {"validation": scores} if scores else {},
+        "metrics": {"train": run.latest} | ({"validation": scores} if scores else {}),
         "data": {"next_row": step * cfg.data.rows_per_step},
         "seed": cfg.seed,  # with the documents' ids and visits, all there is to randomness
     }

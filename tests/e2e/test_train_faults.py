@@ -18,7 +18,7 @@ import pytest
 from llada2_jax import checkpoint, retry
 from llada2_jax import train as train_module
 from llada2_jax.checkpoint import read_checksums, read_train_item
-from llada2_jax.config import SpikeConfig
+from llada2_jax.config import ConfigError, SpikeConfig
 from llada2_jax.metrics import read_metrics
 from llada2_jax.preemption import RESTART, Preempted
 from llada2_jax.run_folder import read_starts
@@ -80,13 +80,35 @@ def test_sigterm_saves_at_once_and_asks_to_be_started_again(folder, tmp_path, mo
     (last,) = [s for s in saved_steps(tmp_path) if s % 4]
     assert last >= 7 and f"step {last} of {STEPS} is saved" in stop.value.message
     item = read_train_item(tmp_path / f"checkpoints/{last}")
-    assert item["metrics"] == {} and item["data"] == {"next_row": last * life.ROWS}
+    assert item["data"] == {"next_row": last * life.ROWS} and "validation" not in item["metrics"]
+    assert item["metrics"]["train"]["loss"] == read_metrics(tmp_path, "train")[-1]["loss"]
     assert signal.getsignal(signal.SIGTERM) == handler
     monkeypatch.undo()
     train(config(folder, tmp_path))
     assert [m["step"] for m in read_metrics(tmp_path, "train")] == list(range(1, STEPS + 1))
     assert [start["step"] for start in read_starts(tmp_path)] == [0, last]
     assert read_starts(tmp_path)[0]["data"]
+
+
+def startle(monkeypatch, number: int) -> None:
+    """Makes the loss and the gradient of step `number` (from 1) spikes: for it alone, all steps
+    before had a hundredth of theirs."""
+    make, steps = train_module.make_train_step, itertools.count(1)
+
+    def make_train_step(*args, **options):
+        step = make(*args, **options)
+
+        def startled(state, batch, context):
+            if next(steps) == number:
+                calm = dataclasses.replace(
+                    state.watch, mean=state.watch.mean / 100, square=state.watch.square / 10_000
+                )
+                state = dataclasses.replace(state, watch=calm)
+            return step(state, batch, context)
+
+        return startled
+
+    monkeypatch.setattr(train_module, "make_train_step", make_train_step)
 
 
 # Noise of infinite strength on the mask's embedding makes a step's loss NaN.
@@ -143,6 +165,27 @@ def test_going_back_or_on_needs_no_room_for_two_states(folder, tmp_path, monkeyp
     assert len(held) == 2 and all(id(x) in known for arrays in held for x in arrays)
 
 
+@pytest.mark.parametrize("event", ["loss", "grad_norm"])
+def test_a_spike_is_rolled_back(folder, tmp_path, monkeypatch, event):
+    startle(monkeypatch, 9)
+    train(config(folder, tmp_path, window=4, **{event: "rollback"}))
+    (found,) = read_metrics(tmp_path, "rollback")
+    assert (found["event"], found["spike_step"], found["restored_step"]) == (event, 9, 8)
+    assert np.isfinite([x["loss"] for x in read_metrics(tmp_path, "train")]).all()
+
+
+def test_a_run_whose_checkpoints_were_taken_away_is_not_begun_anew(folder, tmp_path):
+    train(config(folder, tmp_path))
+    lines = read_metrics(tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match=r"goes to step 14, but .*/checkpoints has no checkpoint"):
+        train(config(folder, tmp_path))
+    assert read_metrics(tmp_path) == lines
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+    train(config(folder, tmp_path))
+
+
 @pytest.mark.parametrize(
     ("spikes", "number", "message"),
     [
@@ -156,6 +199,14 @@ def test_a_run_that_cannot_go_on_says_so(folder, tmp_path, monkeypatch, spikes, 
     with pytest.raises(TrainingStopped, match=message):
         train(config(folder, tmp_path, **spikes))
     assert all(step < number for step in saved_steps(tmp_path))
+
+
+def test_a_spike_stops_the_run(folder, tmp_path, monkeypatch):
+    startle(monkeypatch, 6)
+    message = r"spikes\.grad_norm='stop' was called for by step 6"
+    with pytest.raises(TrainingStopped, match=message):
+        train(config(folder, tmp_path, grad_norm="stop", window=4))
+    assert saved_steps(tmp_path) == [4]
 
 
 @pytest.fixture

@@ -247,6 +247,11 @@ def test_a_weighted_mean(tmp_path):
         a, b = (np.asarray(flat[path], np.float64) for flat in leaves)
         np.testing.assert_allclose(np.asarray(value), 0.75 * a + 0.25 * b, rtol=1e-5, atol=1e-6)
     assert [source["weight"] for source in merged.provenance["merged"]] == [0.75, 0.25]
+    for i, weights in enumerate(([3e-50, 1e-50], [3e300, 1e300])):  # none is a float32
+        merge_checkpoints(paths, tmp_path / f"out{i}", weights=weights)
+        again = checkpoint.flatten(load_model(tmp_path / f"out{i}").params)
+        for path, value in checkpoint.flatten(merged.params).items():
+            np.testing.assert_allclose(again[path], value, rtol=1e-5, atol=1e-6)
     for weights in ([1], [0, 0], [-1, 2], [float("nan"), 1]):
         with pytest.raises(CheckpointError, match="weights"):
             merge_checkpoints(paths, tmp_path / "bad", weights=weights)

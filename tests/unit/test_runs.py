@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llada2_jax import cli
@@ -17,7 +19,7 @@ from llada2_jax.run_folder import (
     record_config,
     record_start,
 )
-from llada2_jax.runs import compare
+from llada2_jax.runs import as_text, compare, plot
 
 CFG = TrainConfig(workdir="w", data=DataConfig(row_length=32))
 
@@ -55,6 +57,39 @@ def test_what_differs_and_what_came_of_it(two):
     assert result["best bits/byte, bdlm-4"] == [0.8, 1.2]
     assert result["tokens/s, median"] == [2.0, 2.0] and result["steps"] == [3, 3]
     assert result["same losses up to step"] == [3, 1] and result["same data up to step"] == [3, 2]
+
+
+def test_equal_runs_agree_to_the_end_whatever_they_logged(tmp_path):
+    for name in "ab":
+        make_run(tmp_path / name, CFG, [3.0, float("nan"), 1.0], validation=[(2, 0.5)])
+    result = compare([tmp_path / "a", tmp_path / "b"])["result"]
+    assert result["same losses up to step"] == [3, 3]
+
+
+def test_preferences_are_compared_by_their_loss(tmp_path):
+    make_run(tmp_path / "a", CFG, [3.0])
+    scores = [{"loss": loss, "reward_margin": 0.1, "measured": "dpo:dpo-32"} for loss in (0.6, 0.5)]
+    lines = [line(i, **score, kind="validation") for i, score in enumerate(scores, 1)]
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(x) + "\n" for x in lines)
+    result = compare([tmp_path / "a"])["result"]
+    assert result["best loss, dpo:dpo-32"] == result["last loss, dpo:dpo-32"] == [0.5]
+
+
+VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=3)
+NAMES = st.sampled_from(["step", "tokens", "kind", "phase", "loss", "bits_per_byte", "measured"])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(lines=st.lists(st.dictionaries(NAMES, VALUES | st.sampled_from(["train", "validation"]))))
+def test_what_stands_in_the_metrics_is_no_traceback(tmp_path, lines):
+    folder = tmp_path / "run"
+    if not folder.exists():
+        make_run(folder, CFG, [3.0])
+    whole = [line(1) | x for x in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in whole))
+    as_text(compare([folder, folder]), ["a", "b"])
+    plot([folder], ["a"], tmp_path / "plot.png")
 
 
 def test_the_command(two, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Parts of the training loop; tests/e2e runs the whole."""
 
 import dataclasses
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from llada2_jax.config import ConfigError, DataConfig, Phase, ScheduleConfig, Tr
 from llada2_jax.evals.likelihood import default_row_length
 from llada2_jax.metrics import MetricLogger, read_metrics
 from llada2_jax.sharding import make_mesh
-from llada2_jax.train import Run, _restored, _save, _Trace, _validate
+from llada2_jax.train import Run, _Pending, _restored, _save, _Trace, _validate
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config
 
@@ -88,11 +89,26 @@ def test_a_checkpoint_tells_how_long_its_rows_were():
         cfg=TrainConfig(workdir="w", data=data, schedule=ScheduleConfig(ar_tokens=1000)),
         bundle=bundle,
         logger=SimpleNamespace(sync=lambda: None),
+        latest={},
         state=SimpleNamespace(saved_params=None, beside_params=None),
         checkpoints=SimpleNamespace(save=lambda step, bundle, *_, wait: saved.append(bundle)),
     )
     _save(run, 1)  # pyright: ignore[reportArgumentType]
     assert default_row_length(saved[0]) == 48 != default_row_length(bundle)
+
+
+def test_only_an_idle_device_waits_for_data():
+    def slow():
+        while True:
+            time.sleep(0.02)
+            yield None
+
+    source = slow()
+    for ready, waits in ((None, True), (True, True), (False, False)):
+        loss = SimpleNamespace(is_ready=lambda ready=ready: ready)
+        pending = _Pending([] if ready is None else [(1, None, {"loss": loss})])  # pyright: ignore[reportArgumentType]
+        pending.next(source)  # pyright: ignore[reportArgumentType]
+        assert (pending.input_wait >= 0.02) == waits
 
 
 def test_a_checkpoint_at_another_row_of_the_data_is_not_resumed():
