@@ -37,6 +37,17 @@ def modules_of(cfg: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in ADAPTED_MODULES if present[name])
 
 
+def check_modules(cfg: ModelConfig, lora: LoRAConfig) -> None:
+    """Raises: ConfigError for a module that the model lacks."""
+    available = modules_of(cfg)
+    missing = [name for name in lora.modules if name not in available]
+    if missing or not lora.modules:
+        raise ConfigError(
+            f"config.lora.modules={lora.modules}: the model has no module "
+            f"{missing[0] if missing else 'of that name'!r}; choose from {', '.join(available)}"
+        )
+
+
 def add_adapters(
     bundle: ModelBundle, lora: LoRAConfig, *, path: str, seed: int, mesh: Mesh | None = None
 ) -> ModelBundle:
@@ -46,13 +57,7 @@ def add_adapters(
     what its parameters are cut by.
     Raises: ConfigError for a module that the model lacks.
     """
-    available = modules_of(bundle.config)
-    missing = [name for name in lora.modules if name not in available]
-    if missing or not lora.modules:
-        raise ConfigError(
-            f"config.lora.modules={lora.modules}: the model has no module "
-            f"{missing[0] if missing else 'of that name'!r}; choose from {', '.join(available)}"
-        )
+    check_modules(bundle.config, lora)
     assert bundle.params is not None
     config = dataclasses.replace(bundle.config, lora=lora)
     params = nnx.merge_state(bundle.params, init_adapters(config, seed, mesh))

@@ -8,6 +8,7 @@ over what the chips could do at their peak in the same time.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -19,30 +20,39 @@ from llada2_jax.sharding import RULES, Placement
 from llada2_jax.types import ModelConfig
 
 TRAINING = 3  # a backward pass is two forward passes of matmuls
+BOTH_HALVES = ("bdlm", "cap", "dpo")  # objectives whose forward sees [noisy ; clean]
 
 
 def allowed_pairs(length: int, block_size: int, objective: str) -> int:
     """Query-key pairs that the attention rule allows in one document of `length` tokens."""
     starts = np.arange(length, dtype=np.int64) // block_size * block_size
     ends = np.minimum(starts + block_size, length)
-    if objective == "bdlm":
+    if objective in BOTH_HALVES:
         return 2 * int(ends.sum())  # each half: earlier clean blocks and the own block
     if objective == "mdlm":
         return length * length  # one noisy block
-    return int((np.arange(length, dtype=np.int64) + 1).sum())  # "ar"
+    if objective != "ar":
+        raise ValueError(f"objective {objective!r}")
+    return int((np.arange(length, dtype=np.int64) + 1).sum())
 
 
 def halves(objective: str) -> int:
-    """Positions of a forward for each clean token."""
-    return 2 if objective == "bdlm" else 1
+    """Positions of a forward for each token of its rows."""
+    return 2 if objective in BOTH_HALVES else 1
 
 
-def model_flops(
+def copies(cfg: TrainConfig, objective: str) -> int:
+    """Rows of a forward for each row of data: members of complementary pairs, draws of DPO."""
+    members = 2 if cfg.noise.complementary and objective != "ar" else 1
+    return members * (cfg.dpo.samples if objective == "dpo" else 1)
+
+
+def forward_flops(
     cfg: ModelConfig, objective: str, row_length: int, block_size: int
 ) -> dict[str, float]:
-    """Model FLOPs of one clean token in training, forward and backward, by part.
+    """FLOPs of the forward pass over one token of the rows, both halves, by part.
 
-    objective: "ar", "mdlm" or "bdlm". Rows are one document each; documents make attention cheaper.
+    objective: a name of OBJECTIVES. Rows are one document each; documents make attention cheaper.
     """
     d, h = cfg.hidden_size, cfg.head_dim
     pairs = allowed_pairs(row_length, block_size, objective) / row_length
@@ -59,7 +69,7 @@ def model_flops(
     parts: dict[str, float] = {n: halves(objective) * count for n, count in position.items()}
     parts["attention pairs"] = cfg.num_layers * 2 * cfg.num_heads * h * pairs
     parts["head"] = d * cfg.vocab_size  # the clean half does not meet it
-    return {name: 2.0 * TRAINING * count for name, count in parts.items()}
+    return {name: 2.0 * count for name, count in parts.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Workload:
         """Of one device and micro-batch."""
         ways = math.prod(self.sizes[axis] for axis in (*RULES["batch"], *RULES["length"]))
         tokens = self.cfg.tokens_per_step / self.micro_batches
-        return tokens * halves(self.objective) / ways
+        return tokens * copies(self.cfg, self.objective) * halves(self.objective) / ways
 
     @property
     def expert_rows(self) -> float:
@@ -101,38 +111,59 @@ class Workload:
         return int(self.cfg.runtime.remat != "none")
 
     @property
+    def forward(self) -> dict[str, float]:
+        """FLOPs of one clean token's forward pass, by part."""
+        parts = forward_flops(self.model, self.objective, self.cfg.data.row_length, self.block_size)
+        return {name: copies(self.cfg, self.objective) * count for name, count in parts.items()}
+
+    @property
+    def refers(self) -> bool:
+        """Whether each step has a forward pass of a reference besides."""
+        return self.objective == "dpo" and not self.cfg.reference.cache
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Model FLOPs of one clean token in training, forward and backward, by part. Weights under
+        adapters have no gradient; attention has."""
+        weights = TRAINING if self.model.lora is None else TRAINING - 1
+        passes = dict.fromkeys(self.forward, weights) | {"attention pairs": TRAINING}
+        parts = {name: passes[name] * count for name, count in self.forward.items()}
+        return parts | ({"reference": sum(self.forward.values())} if self.refers else {})
+
+    @property
     def flops_per_token(self) -> float:
-        return sum(
-            model_flops(
-                self.model, self.objective, self.cfg.data.row_length, self.block_size
-            ).values()
-        )
+        return sum(self.flops.values())
 
     @property
     def executed_flops_per_token(self) -> float:
         """With the layers' recomputation; the head's gradient is made in its forward pass."""
-        parts = model_flops(self.model, self.objective, self.cfg.data.row_length, self.block_size)
-        layers = sum(parts.values()) - parts["head"]
-        return layers * (TRAINING + self.recomputes) / TRAINING + parts["head"]
+        layers = sum(self.forward.values()) - self.forward["head"]
+        return self.flops_per_token + self.recomputes * layers
 
 
-def link_bytes(work: Workload, params: Sequence[Placement]) -> dict[str, float]:
+def link_bytes(
+    work: Workload, params: Sequence[Placement], trained: Sequence[Placement] | None = None
+) -> dict[str, float]:
     """Bytes that a device receives in one step, by mesh axis.
 
     Parameters are gathered for a layer's forward pass, and again for its backward pass where it is
-    recomputed; gradients are summed to where they are stored. All in the dtype of activations.
+    recomputed; gradients of the trained ones (None: all) are summed to where they are stored. All
+    in the dtype of activations.
     """
     model, sizes = work.model, work.sizes
     width = 2 if model.dtype == "bfloat16" else 4
     received = dict.fromkeys(sizes, 0.0)
-    passes = 2 + work.recomputes  # gather, gather again, scatter of the gradient
+    learned = {place.name for place in (params if trained is None else trained)}
     for place in params:
+        scatters = int(place.name in learned)
+        passes = 1 + work.recomputes + scatters  # gather, gather again, scatter of the gradient
         part = math.prod(place.shape) * width
         part /= math.prod(sizes[name] for name in _cuts(place))
         for name in _gathered_axes(place):
             received[name] += passes * part * (sizes[name] - 1)
             part *= sizes[name]
-        received["data"] += 2 * part * (1 - 1 / sizes["data"])  # of the gradient, all-reduced
+        # Of the gradient, all-reduced.
+        received["data"] += scatters * 2 * part * (1 - 1 / sizes["data"])
     rows = work.positions * model.hidden_size * width  # one activation
     both_ways = 4 + work.recomputes  # gather and scatter, forward and backward, gather again
     received["expert"] += model.num_moe_layers * both_ways * rows * (sizes["expert"] - 1)
@@ -154,25 +185,32 @@ def _gathered_axes(place: Placement) -> list[str]:
     return [name for name in RULES["embed"] if name in _cuts(place) and name not in own]
 
 
-def working_bytes(work: Workload, params: Sequence[Placement]) -> dict[str, float]:
-    """Bytes of a device during a step, besides the state: gradients; the inputs of layers, which
-    the backward pass starts from under full recomputation; and the largest layer at work: its
-    gathered weights with their gradients, and the experts' rows."""
+def working_bytes(
+    work: Workload, params: Sequence[Placement], trained: Sequence[Placement] | None = None
+) -> dict[str, float]:
+    """Bytes of a device during a step, besides the state: gradients of the trained parameters
+    (None: all); the inputs of layers, which the backward pass starts from under full recomputation;
+    and the largest layer at work: its gathered weights with their gradients, and the experts'
+    rows."""
     model, sizes = work.model, work.sizes
     width = 2 if model.dtype == "bfloat16" else 4
     several = work.micro_batches > 1  # summed in fp32, beside those of the micro-batch at hand
-    stored = sum(place.bytes_per_device for place in params)
-    numbers = stored / (2 if model.param_dtype == "bfloat16" else 4)
-    layers = [place for place in params if "_layers/" in place.name]
-    at_work = sum(_whole_bytes(p, sizes, width) / p.shape[0] for p in layers if "moe_" in p.name)
+    learned = params if trained is None else trained
+    stored = sum(place.bytes_per_device for place in learned)
+    numbers = sum(
+        math.prod(place.shape) / math.prod(sizes[n] for n in _cuts(place)) for place in learned
+    )
+    layers = [[p for p in places if "moe_layers/" in p.name] for places in (params, learned)]
+    at_work = sum(_whole_bytes(p, sizes, width) / p.shape[0] for p in itertools.chain(*layers))
     rows = work.expert_rows
     expert_width = model.moe_intermediate_size / sizes["model"]
     return {
         "gradients": stored + (4 * numbers if several else 0),
         "layer inputs": model.num_layers * work.positions * model.hidden_size * width,
-        "a layer at work": 2 * at_work
-        + 2 * rows * (2 * model.hidden_size + 3 * expert_width) * width,
-        "head": 4.0 * model.hidden_size * model.vocab_size / sizes["model"],  # fp32 gradient
+        "a layer at work": at_work + 2 * rows * (2 * model.hidden_size + 3 * expert_width) * width,
+        # The head's fp32 gradient.
+        "head": any(place.name.startswith("head") for place in learned)
+        * (4.0 * model.hidden_size * model.vocab_size / sizes["model"]),
     }
 
 
@@ -204,14 +242,19 @@ ASSUMPTIONS = (
     "matmuls and attention at the chip's peak, recomputed layers included; experts balanced",
     "memory: gathered weights read in each pass, state read and written once; activations not",
     "links: every byte that a device receives at the chip's full rate, one axis after the other",
-    "rows are one document each",
+    "rows are one document each; an adapter's own matmuls are not counted; a reference is as large "
+    "as the policy",
 )
 
 
 def roofline(
-    work: Workload, params: Sequence[Placement], state_bytes: float, slice_: Slice
+    work: Workload,
+    params: Sequence[Placement],
+    state_bytes: float,
+    slice_: Slice,
+    trained: Sequence[Placement] | None = None,
 ) -> Roofline:
-    """state_bytes: of parameters and optimizer state on a device."""
+    """state_bytes: of parameters and optimizer state on a device. trained: as in link_bytes."""
     chip, tokens = slice_.chip, work.cfg.tokens_per_step
     peak = slice_.chips * chip.flops
     width = 2 if work.model.dtype == "bfloat16" else 4
@@ -224,7 +267,7 @@ def roofline(
     return Roofline(
         compute=tokens * work.executed_flops_per_token / peak,
         memory=traffic / (chip.hbm_bandwidth / chip.devices),
-        links={axis: b / rate for axis, b in link_bytes(work, params).items() if b},
+        links={axis: b / rate for axis, b in link_bytes(work, params, trained).items() if b},
         tokens=tokens,
         model_seconds=tokens * work.flops_per_token / peak,
     )

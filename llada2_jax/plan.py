@@ -19,20 +19,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 
+from llada2_jax.adapters import check_modules, split_trained
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.config import ConfigError, MeshConfig, Phase, TrainConfig
 from llada2_jax.config_check import configured_model, validate
 from llada2_jax.costs import (
     ASSUMPTIONS,
+    BOTH_HALVES,
     Roofline,
     Workload,
     link_bytes,
-    model_flops,
     roofline,
     working_bytes,
 )
@@ -78,14 +78,18 @@ slice."""
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Abstract parameters and moments of a run; what a mesh makes of them is cheap to ask."""
+    """Abstract parameters, those of them that are trained, their moments, and what a reference
+    holds on the devices beside them; what a mesh makes of them is cheap to ask."""
 
     params: Any
+    trained: Any
     moments: Any
+    reference: Any
 
-    def on(self, sizes: Mapping[str, int]) -> tuple[list[Placement], list[Placement]]:
+    def on(self, sizes: Mapping[str, int]) -> dict[str, list[Placement]]:
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        return placements(self.params, mesh), placements(self.moments, mesh)
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: placements(part, mesh) for name, part in parts.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """What --json prints; bytes are a device's, seconds a step's."""
         work, roof, memory = self.work, self.roofline, self.memory
-        flops = _flops(work)
+        flops = work.flops
         return {
             "slice": self.slice.name,
             "chips": self.slice.chips,
@@ -177,18 +181,23 @@ def _expert_buffer(work: Workload) -> float:
     return work.expert_rows / (work.positions * work.model.experts_per_token)
 
 
-def _flops(work: Workload) -> dict[str, float]:
-    return model_flops(work.model, work.objective, work.cfg.data.row_length, work.block_size)
-
-
 # ---- what is planned -----------------------------------------------------------------------------
 
 
 def planned_model(cfg: TrainConfig) -> ModelConfig:
     """The model that the run trains, with kernels and dtypes as it runs on an accelerator.
 
-    Raises: ConfigError if neither the checkpoint nor config.init.architecture tells its shapes.
+    Raises: ConfigError if neither the checkpoint nor config.init.architecture tells its shapes, or
+      adapters are for a module that it lacks.
     """
+    model = _planned_model(cfg)
+    if not cfg.lora.rank:
+        return model
+    check_modules(model, cfg.lora)
+    return dataclasses.replace(model, lora=cfg.lora)
+
+
+def _planned_model(cfg: TrainConfig) -> ModelConfig:
     if cfg.model:
         return configured_model(cfg)
     runtime = dataclasses.asdict(cfg.runtime)
@@ -211,14 +220,24 @@ def planned_phase(cfg: TrainConfig, name: str = "") -> Phase:
             names = ", ".join(phase.name for phase in cfg.phases)
             raise ConfigError(f"--phase={name}: the config's phases are {names}")
         return found[0]
-    return max(cfg.phases, key=lambda phase: (phase.objective == "bdlm", phase.tokens))
+    return max(cfg.phases, key=lambda phase: (phase.objective in BOTH_HALVES, phase.tokens))
 
 
-def abstract_run(cfg: TrainConfig, model: ModelConfig) -> State:
-    """Shapes of what the run holds; nothing is allocated."""
+def abstract_run(cfg: TrainConfig, model: ModelConfig, phase: Phase) -> State:
+    """Shapes of what the run holds in a phase; nothing is allocated."""
     params = build(model)[1]
-    trained, _ = nnx.split_state(params, nnx.Param, ...)
-    return State(params, jax.eval_shape(make_optimizer(cfg).init, trained))
+    trained = split_trained(params)[0]
+    moments = jax.eval_shape(make_optimizer(cfg).init, trained)
+    return State(params, trained, moments, _abstract_reference(cfg, model, phase))
+
+
+def _abstract_reference(cfg: TrainConfig, model: ModelConfig, phase: Phase) -> Any:
+    """The reference's own parameters, where they stay on the devices; as large as the policy."""
+    cached, in_host = bool(cfg.reference.cache), cfg.reference.memory == "host"
+    shared = cfg.lora.rank and not cfg.reference.checkpoint
+    if phase.objective != "dpo" or cached or in_host or shared:
+        return {}
+    return build(dataclasses.replace(model, lora=None))[1]
 
 
 def on_mesh(cfg: TrainConfig, model: ModelConfig, sizes: Mapping[str, int]) -> TrainConfig:
@@ -267,17 +286,23 @@ def computed_plan(
     """A plan without a compiler: memory is a sum of what must be there."""
     cfg = on_mesh(cfg, model, sizes)
     work = Workload(cfg, model, sizes, phase.objective, phase.block_size)
-    params, moments = state.on(sizes)
+    places = state.on(sizes)
+    params, trained = places["params"], places["trained"]
     held = {
-        "parameters": float(sum(place.bytes_per_device for place in params)),
-        "moments": float(sum(place.bytes_per_device for place in moments)),
+        "parameters": _bytes(params),
+        # Offloaded, they rest in the host's memory.
+        "moments": 0.0 if cfg.optimizer.offload else _bytes(places["moments"]),
     }
-    if cfg.optimizer.offload:
-        held["moments"] = 0.0  # they rest in the host's memory
-    parts = working_bytes(work, params)
+    if places["reference"]:
+        held["reference"] = _bytes(places["reference"])
+    parts = working_bytes(work, params, trained)
     memory = Memory(held, sum(parts.values()), parts, slice_.chip.usable_bytes)
-    roof = roofline(work, params, sum(held.values()), slice_)
-    return Plan(slice_, work, memory, roof, link_bytes(work, params))
+    roof = roofline(work, params, sum(held.values()), slice_, trained)
+    return Plan(slice_, work, memory, roof, link_bytes(work, params, trained))
+
+
+def _bytes(places: Sequence[Placement]) -> float:
+    return float(sum(place.bytes_per_device for place in places))
 
 
 def compiled_plan(plan: Plan) -> Plan:
@@ -295,8 +320,9 @@ def compiled_plan(plan: Plan) -> Plan:
     check_cut(placements((state.params, state.opt_state), mesh), mesh)
     context = make_context(cfg, work.block_size, mask_id=0)
     step = make_train_step(cfg, model, work.objective, mesh)
-    lowered = step.lower(state, _abstract_batch(cfg, mesh), context)
-    held = sum(plan.memory.state.values())
+    lowered = step.lower(state, _abstract_batch(cfg, work.objective, mesh), context)
+    # The step takes no reference: that is a program of its own, whose parameters stay meanwhile.
+    held = sum(size for kind, size in plan.memory.state.items() if kind != "reference")
     try:
         analysis = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -324,21 +350,24 @@ def _needed(message: str) -> float | None:
     return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
 
 
-def _abstract_batch(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> Batch:
+def _abstract_batch(cfg: TrainConfig, objective: str, mesh: jax.sharding.Mesh) -> Batch:
     shape, sharding = (cfg.data.rows_per_step, cfg.data.row_length), batch_sharding(mesh)
 
     def rows(dtype: Any = np.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     names = ("tokens", "segment_ids", "positions", "document_ids", "document_positions", "visits")
-    return Batch(**{name: rows() for name in names}, loss_mask=rows(np.bool_))
+    batch = Batch(**{name: rows() for name in names}, loss_mask=rows(np.bool_))
+    if objective != "dpo":
+        return batch
+    return dataclasses.replace(batch, preference=rows(), reference=rows(np.float32))
 
 
 def plan_run(cfg: TrainConfig, slice_: Slice, *, phase: str = "", compiled: bool = True) -> Plan:
     """The plan of a run on a slice: on config.mesh if that says anything, else on the table's mesh,
     else on the fastest one that should fit."""
     model, chosen = planned_model(cfg), planned_phase(cfg, phase)
-    state = abstract_run(cfg, model)
+    state = abstract_run(cfg, model, chosen)
     plan = next(iter(_ranked(cfg, model, state, chosen, slice_)))
     return compiled_plan(plan) if compiled and slice_.chip.kind == "tpu" else plan
 
@@ -373,7 +402,7 @@ def search(
     A slice is passed over without compiling where state and gradients alone are too much.
     """
     model, chosen = planned_model(cfg), planned_phase(cfg, phase)
-    state = abstract_run(cfg, model)
+    state = abstract_run(cfg, model, chosen)
     for slice_ in sorted(slices, key=lambda s: s.chips * s.chip.flops):
         try:
             plans = _ranked(cfg, model, state, chosen, slice_)
@@ -432,7 +461,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _print_time(plan: Plan, console: Console) -> None:
     work, roof = plan.work, plan.roofline
-    flops = _flops(work)
+    flops = work.flops
     table = Table(title="Model FLOPs of a clean token, forward and backward", title_justify="left")
     table.add_column("part")
     table.add_column("GFLOP", justify="right")

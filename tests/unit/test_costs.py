@@ -10,19 +10,26 @@ from jax.sharding import PartitionSpec
 
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.checkpoint import flatten
-from llada2_jax.config import default_config, model_dict
+from llada2_jax.config import (
+    DPOConfig,
+    NoiseConfig,
+    ReferenceConfig,
+    default_config,
+    model_dict,
+)
 from llada2_jax.config_check import validate
 from llada2_jax.costs import (
     Workload,
     allowed_pairs,
+    forward_flops,
     link_bytes,
-    model_flops,
     roofline,
     working_bytes,
 )
 from llada2_jax.hardware import slice_named
 from llada2_jax.model import build
 from llada2_jax.sharding import AXES, Placement
+from llada2_jax.types import LoRAConfig
 from pallas_kernels.block_layout import (
     CLEAN,
     NOISY,
@@ -59,25 +66,27 @@ def test_matmuls_are_those_of_the_weights(objective):
     matrices = {n: s for n, s in sizes.items() if "norm" not in n and "expert_bias" not in n}
     head = sum(size for name, size in matrices.items() if "head" in name)
     inside = sum(size for name, size in matrices.items() if "layers" in name)
-    flops = model_flops(model, objective, 32, 8)
+    flops = forward_flops(model, objective, 32, 8)
     halves = 2 if objective == "bdlm" else 1
     pairs = flops.pop("attention pairs")
-    assert sum(flops.values()) == 6 * (halves * inside + head)
+    assert sum(flops.values()) == 2 * (halves * inside + head)
     per_token = allowed_pairs(32, 8, objective) / 32
-    assert pairs == 3 * model.num_layers * 4 * model.num_heads * model.head_dim * per_token
+    assert pairs == model.num_layers * 4 * model.num_heads * model.head_dim * per_token
 
 
 @pytest.mark.parametrize(("name", "attention", "head"), [("mini", 0.15, 0.14),
                                                          ("flash", 0.095, None)])  # fmt: skip
 def test_shares_of_the_released_models(name, attention, head):
     """As counted by hand for rows of 4096 without documents."""
-    flops = model_flops(ARCHITECTURES[name], "bdlm", 4096, 32)
+    flops = forward_flops(ARCHITECTURES[name], "bdlm", 4096, 32)
     total = sum(flops.values())
     assert flops["attention pairs"] / total == pytest.approx(attention, abs=0.005)
     assert head is None or flops["head"] / total == pytest.approx(head, abs=0.005)
 
 
-def workload(sizes=None, accumulate=1, remat="full", objective="bdlm", rows=16) -> Workload:
+def workload(
+    sizes=None, accumulate=1, remat="full", objective="bdlm", rows=16, lora=None, **changes
+) -> Workload:
     cfg = default_config()
     cfg.workdir = "unused"
     with cfg.unlocked():
@@ -85,8 +94,48 @@ def workload(sizes=None, accumulate=1, remat="full", objective="bdlm", rows=16) 
     cfg.schedule.decay_blocks, cfg.schedule.decay_tokens = (8,), 10**6
     cfg.data.row_length, cfg.data.rows_per_step = 32, rows
     cfg.optimizer.accumulate, cfg.runtime.remat = accumulate, remat
-    model = config(dtype="bfloat16", remat=remat)
-    return Workload(validate(cfg), model, dict.fromkeys(AXES, 1) | (sizes or {}), objective, 8)
+    model = config(dtype="bfloat16", remat=remat, lora=lora)
+    checked = dataclasses.replace(validate(cfg), **changes)
+    return Workload(checked, model, dict.fromkeys(AXES, 1) | (sizes or {}), objective, 8)
+
+
+def test_complementary_pairs_and_draws_are_rows_of_the_forward():
+    pairs = NoiseConfig(complementary=True)
+    draws = {"dpo": DPOConfig(samples=3), "reference": ReferenceConfig(cache="bounds.npz")}
+    one = workload()
+    for objective, changes, rows in (
+        ("bdlm", {"noise": pairs}, 2),
+        ("cap", {"noise": pairs}, 2),
+        ("cap", {}, 1),
+        ("dpo", draws, 3),
+        ("dpo", {"noise": pairs, **draws}, 6),
+    ):
+        several = workload(objective=objective, **changes)
+        assert several.positions == rows * one.positions
+        assert several.flops_per_token == rows * one.flops_per_token
+    assert workload(objective="ar", noise=pairs).positions == workload(objective="ar").positions
+    with pytest.raises(ValueError, match="'sft'"):
+        allowed_pairs(8, 4, "sft")
+
+
+def test_a_reference_runs_forward():
+    work = workload(objective="dpo")
+    forward = sum(work.forward.values())
+    assert work.flops["reference"] == forward and work.flops_per_token == 4 * forward
+    kept = workload(objective="dpo", remat="none")
+    assert kept.executed_flops_per_token == kept.flops_per_token
+
+
+def test_weights_under_adapters_have_no_gradient():
+    whole, adapted = workload(), workload(lora=LoRAConfig(rank=2))
+    assert adapted.flops["head"] == whole.flops["head"] * 2 / 3
+    assert adapted.flops["attention pairs"] == whole.flops["attention pairs"]
+    sizes = {"fsdp": 4, "data": 2}
+    frozen = placed("head", (16, 64), ("fsdp",), None, sizes=sizes)
+    work = workload(sizes, lora=LoRAConfig(rank=2))
+    received, learned = link_bytes(work, [frozen], []), link_bytes(work, [frozen])
+    assert received["fsdp"] == learned["fsdp"] * 2 / 3 and received["data"] == 0 < learned["data"]
+    assert working_bytes(work, [frozen], [])["gradients"] == 0
 
 
 def placed(name: str, shape: tuple[int, ...], *spec, sizes) -> Placement:

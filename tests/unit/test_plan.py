@@ -79,6 +79,41 @@ def test_state_of_the_released_models_is_cut_as_it_was(capsys, row):
     assert record["model_flops_per_token"]["all"] == pytest.approx(row["flops_per_token"])
 
 
+LORA, OFFLOAD = "--config.lora.rank=16", "--config.optimizer.offload=true"
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "kinds", "gib", "fits"),
+    [
+        ("sft", [], {"parameters", "moments"}, 160, False),
+        ("sft", [LORA], {"parameters", "moments"}, 31, True),
+        (
+            "dpo",
+            ["--config.optimizer.offload=true"],
+            {"parameters", "moments", "reference"},
+            61,
+            False,
+        ),
+        ("dpo", [LORA], {"parameters", "moments"}, 31, True),
+    ],
+)
+def test_post_training_of_mini_on_one_gpu(capsys, stage, flags, kinds, gib, fits):
+    """Adapters fit, all parameters do not; a reference of its own takes its parameters' room."""
+    argv = [f"--config={ROOT}/configs/{stage}.py:mini", "--slice=h100-80gb-1", "--nocompile"]
+    status, out, _ = run(capsys, *argv, "--json", *flags)
+    record = json.loads(out)
+    held = {kind: record["bytes"][kind] for kind in record["bytes"].keys() & kinds}
+    assert held.keys() == kinds and ("reference" in record["bytes"]) == ("reference" in kinds)
+    assert sum(held.values()) / GIB == pytest.approx(gib, abs=10) and record["fits"] == fits
+    assert status == (0 if fits else 3)
+
+
+def test_adapters_on_a_module_that_the_model_lacks(capsys):
+    argv = [f"--config={ROOT}/configs/sft.py:mini", "--slice=h100-80gb-1", "--nocompile", LORA]
+    status, _, error = run(capsys, *argv, '--config.lora.modules=("attenton",)')
+    assert status == 1 and "no module 'attenton'; choose from attention" in error
+
+
 def test_a_table_for_people(capsys):
     config = f"--config={ROOT}/configs/cpt_mini.py"
     status, out, _ = run(capsys, config, "--slice=h100-80gb-16", "--nocompile")
