@@ -41,17 +41,19 @@ def with_retries[T](
     seconds: float,
     passes: Callable[[Exception], bool] = storage_failed,
 ) -> T:
-    """action(), again after each error that `passes` with doubling pauses, for at most `seconds`.
+    """action(), again after each error that `passes` with doubling pauses, for at most `seconds`
+    from the first error on.
 
     what: names the action in warnings and in the StorageError that is raised in the end.
     """
-    end, delay, again = time.monotonic() + seconds, FIRST_DELAY, ""
+    end, delay, again = None, FIRST_DELAY, ""
     while True:
         try:
             return action()
         except Exception as error:
             if not passes(error):
                 raise
+            end = end or time.monotonic() + seconds
             if time.monotonic() + delay > end:
                 raise StorageError(f"{what} failed{again}: {describe(error)}") from error
             logging.getLogger(__name__).warning(

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import time
 import types
 
 import pytest
@@ -240,6 +241,15 @@ def test_retries_end(monkeypatch):
     with pytest.raises(StorageError, match=r"reading x failed, and again for 0.2 s: .*Input"):
         with_retries(fail, "reading x", seconds=0.2)
     assert 3 <= len(calls) <= 8
+    calls.clear()
+
+    def fail_late():
+        time.sleep(0.25)
+        fail()
+
+    with pytest.raises(StorageError, match="reading x failed, and again for 0.2 s"):
+        with_retries(fail_late, "reading x", seconds=0.2)
+    assert len(calls) == 2  # what an attempt takes before its first error does not count
     with pytest.raises(StorageError, match=r"^reading x failed: .*Input"):  # there was one attempt
         with_retries(fail, "reading x", seconds=0)
     with pytest.raises(ZeroDivisionError):
