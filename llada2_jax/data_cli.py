@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from llada2_jax.data.bench import measure
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.encoders import CONTENTS, EncodeOptions
 from llada2_jax.data.examples import BAD_ROW_KINDS
-from llada2_jax.data.prepare import Job, prepare, remove
+from llada2_jax.data.prepare import Job, prepare
 from llada2_jax.data.prepared import prepared_tokenizer, read_manifest
 from llada2_jax.data.sources import FORMATS, SourceSpec, Unit
 from llada2_jax.data.tokenizer import vocab_size
@@ -52,6 +53,8 @@ rows for each in data.weights. Stopped or killed, prepare goes on where it was w
 def main(argv: list[str]) -> int:
     """`llada2 data`; returns the exit status."""
     args = _parser().parse_args(argv)
+    # It logs tracebacks of what sources.py tells in a line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         args.run(args)
     except UserError:
@@ -129,7 +132,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     meaning.add_argument("--no-bos", action="store_true", help="do not open texts with bos")
     meaning.add_argument(
         "--row-length",
-        type=int,
+        type=positive,
         default=0,
         metavar="N",
         help="refuse chats whose prompt fills a row of N tokens",
@@ -139,7 +142,14 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     writing.add_argument(
         "--validation-percent", type=float, default=2.0, metavar="X", help="of the rows (2)"
     )
-    writing.add_argument("--processes", type=int, default=0, metavar="N", help="(one a core)")
+    writing.add_argument(
+        "--retry-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="how long to try again what storage refuses (60)",
+    )
+    writing.add_argument("--processes", type=positive, default=0, metavar="N", help="(one a core)")
     writing.add_argument("--overwrite", action="store_true", help="start again")
 
 
@@ -165,10 +175,15 @@ def _prepare(args: argparse.Namespace) -> None:
         special,
         args.max_bad_fraction,
         args.validation_percent,
+        args.retry_seconds,
     )
-    if args.overwrite:
-        remove(args.output)
-    manifest = prepare(job, args.output, processes=args.processes, progress=_progress)
+    manifest = prepare(
+        job,
+        args.output,
+        processes=args.processes,
+        overwrite=args.overwrite,
+        progress=_progress,
+    )
     print(_summary(manifest))
 
 
@@ -187,8 +202,11 @@ def load_tokenizer(
         files, special = read_tokenizer_files(path), None
     if "tokenizer.json" not in files:
         raise CheckpointError(f"--tokenizer {folder}: it holds no tokenizer.json")
-    if special is None:
+    try:
         size = vocab_size(Tokenizer.from_str(files["tokenizer.json"]))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise CheckpointError(f"{folder}: tokenizer.json cannot be read: {error}") from None
+    if special is None:
         special = special_tokens(
             {"vocab_size": size}, files, mask_id=mask_id, eos_id=eos_id, pad_id=pad_id
         )
@@ -215,7 +233,13 @@ def _summary(manifest: dict[str, Any]) -> str:
             f"{split:<11} {total['documents']:>12,} documents {total['tokens']:>16,} tokens "
             f"({total['supervised_tokens']:,} supervised, longest {total['longest']:,})"
         )
-    rows = manifest["rows"]
+    files, rows = manifest["files"], manifest["rows"]
+    if files:
+        such = f" (such as {files['example']})" if files["left_out"] else ""
+        lines.append(
+            f"{files['read']:,} files of format {manifest['source']['format']} read, "
+            f"{files['left_out']:,} left out{such}"
+        )
     bad = sum(rows["bad"].values())
     lines.append(f"{rows['read']:,} rows read, {bad:,} bad")
     lines += [f"  {n:,} {kind}: {BAD_ROW_KINDS[kind]}" for kind, n in rows["bad"].items()]
@@ -236,7 +260,9 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         metavar="W,W",
         help="share of rows of each (as many as it fills)",
     )
-    parser.add_argument("--row-length", type=int, default=1024, metavar="N", help="tokens (1024)")
+    parser.add_argument(
+        "--row-length", type=positive, default=1024, metavar="N", help="tokens (1024)"
+    )
     parser.add_argument(
         "--packing", choices=CHOICES["data.packing"], help="(best_fit for chats and pairs)"
     )
@@ -282,8 +308,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_inspect)
     _add_rows(parser)
     parser.add_argument("--row", type=int, default=0, metavar="N", help="the first one shown")
-    parser.add_argument("--rows", type=int, default=1, metavar="N", help="how many")
-    parser.add_argument("--block-size", type=int, default=32, metavar="N", help="shown (32)")
+    parser.add_argument("--rows", type=positive, default=1, metavar="N", help="how many")
+    parser.add_argument("--block-size", type=positive, default=32, metavar="N", help="shown (32)")
     parser.add_argument("--html", metavar="FILE", help="write a page instead")
     parser.add_argument("--no-color", action="store_true", help="marks instead of colours")
 

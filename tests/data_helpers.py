@@ -42,7 +42,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 
 def job(path: Path | str, *, max_bad=0.0, validation=20.0, source=None, **encode) -> Job:
-    """Preparation of a source with the small tokenizer."""
+    """Preparation of a source with the small tokenizer; storage that fails is not waited for."""
     return Job(
         SourceSpec(str(path), **(source or {})),
         EncodeOptions(**encode),
@@ -50,4 +50,5 @@ def job(path: Path | str, *, max_bad=0.0, validation=20.0, source=None, **encode
         SPECIAL,
         max_bad,
         validation,
+        retry_seconds=0.0,
     )

@@ -16,11 +16,12 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from tokenizers import Tokenizer
 from llada2_jax.data.documents import stable_hash
 from llada2_jax.data.encoders import EncodeOptions, make_encoder
 from llada2_jax.data.examples import BAD_ROW_KINDS, BadRow, Encoder, Example, encode_record
-from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve_format
+from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve_format, survey
 from llada2_jax.data.tokenizer import vocab_size
-from llada2_jax.errors import UserError
+from llada2_jax.errors import UsageError, UserError
 from llada2_jax.files import replace_text, sync
+from llada2_jax.retry import with_retries
 from llada2_jax.types import SpecialTokens
 
 FORMAT_VERSION = 3
@@ -46,6 +48,7 @@ CHUNK_TOKENS = 1 << 16
 # little of the others, only where more than half are bad.
 ROWS_TO_JUDGE, HOPELESS = 1000, 0.5
 EXAMPLES_KEPT = 5
+REPORT_FIELDS = ("size", "rows", "bad", "shown", "splits")
 
 INDEX = np.dtype(
     [
@@ -66,9 +69,10 @@ class PrepareError(UserError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that decides the output, bit for bit; and max_bad_fraction: the share of rows that may be
-    bad (skipped and counted). validation_percent: share of rows, by the hash of their names, that
-    goes to the validation split."""
+    """All that decides the output, bit for bit; and what is borne on the way: max_bad_fraction, the
+    share of rows that may be bad (skipped and counted), and retry_seconds, how long storage may
+    fail. validation_percent: share of rows, by the hash of their names, that goes to the
+    validation split."""
 
     source: SourceSpec
     encode: EncodeOptions
@@ -76,6 +80,13 @@ class Job:
     special: SpecialTokens
     max_bad_fraction: float = 0.001
     validation_percent: float = 2.0
+    retry_seconds: float = 60.0
+
+    def __post_init__(self):
+        for name, most in (("max_bad_fraction", 1), ("validation_percent", 100)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:  # nan is not, either
+                raise UsageError(f"{name}={value}: choose a number from 0 to {most}")
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -115,32 +126,38 @@ def prepare(
     folder: str | Path,
     *,
     processes: int = 0,
+    overwrite: bool = False,
     progress: Callable[[list[Unit], Iterator[dict]], Iterator[dict]] | None = None,
 ) -> dict[str, Any]:
     """Writes `folder`, or finishes it; returns the manifest.
 
     Args:
       processes: workers; 0: one for each core.
+      overwrite: start again, without what is there.
       progress: wraps the stream of unit reports (a progress bar); it sees the units still to do.
 
-    Raises: SourceError, TemplateError, PrepareError (too many bad rows, another job's folder).
+    Raises: SourceError, TemplateError, PrepareError (too many bad rows, another job's folder),
+    StorageError.
     """
     if "://" in str(folder):
         raise PrepareError(
             f"{folder}: ArrayRecord files are written to disks; prepare into a local folder and "
             "copy it (gcloud storage rsync), or mount the bucket (gcsfuse)"
         )
-    job = dataclasses.replace(job, source=resolve_format(job.source))
     make_encoder(job.encode, dict(job.tokenizer_files), job.special)  # fails here, not in a worker
+    job, units, files = with_retries(
+        lambda: _explored(job), f"reading {job.source.path}", seconds=job.retry_seconds
+    )
     folder = Path(folder)
-    units = plan(job.source)
+    if overwrite:
+        remove(folder)
     _record_plan(folder, job, units)
     done = {i for i in range(len(units)) if (folder / f"{i:05d}.json").exists()}
     left = [i for i in range(len(units)) if i not in done]
     tally = Tally(job)
     source_size = sum(unit.size for unit in units)
     for i in sorted(done):
-        tally.add(json.loads((folder / f"{i:05d}.json").read_text()))
+        tally.add(_read_own(folder / f"{i:05d}.json", REPORT_FIELDS))
     reports = _run(job, units, left, folder, processes or os.cpu_count() or 1)
     if progress is not None:
         reports = progress([units[i] for i in left], reports)
@@ -150,9 +167,21 @@ def prepare(
             rows = tally.rows * source_size / max(tally.size, 1)  # that there will be in the end
             tally.judge(allowed=job.max_bad_fraction * rows)
     tally.judge(allowed=job.max_bad_fraction * tally.rows)
-    manifest = _manifest(job, units, folder)
+    manifest = _manifest(job, units, files, folder)
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _explored(job: Job) -> tuple[Job, list[Unit], dict[str, Any]]:
+    """The job with its source's format known, its units, and the count of its files."""
+    source = resolve_format(job.source)
+    units, files = plan(source), survey(source)
+    if files.get("left_out") and not source.pattern:
+        logging.getLogger(__name__).warning(
+            "%s: %d files of format %s are read, %d are left out, such as %s (--format, --pattern)",
+            *(source.path, files["read"], source.format, files["left_out"], files["example"]),
+        )
+    return dataclasses.replace(job, source=source), units, files
 
 
 def _record_plan(folder: Path, job: Job, units: list[Unit]) -> None:
@@ -173,7 +202,7 @@ def _record_plan(folder: Path, job: Job, units: list[Unit]) -> None:
             sync(folder / TOKENIZER / name)
         write_json(path, wanted)
         return
-    found = json.loads(path.read_text())
+    found = _read_own(path, wanted)
     changed = [k for k, v in wanted["job"].items() if found["job"].get(k) != v]
     if found["units"] != wanted["units"]:
         changed.append("files of the source (names, sizes or times of change)")
@@ -182,6 +211,17 @@ def _record_plan(folder: Path, job: Job, units: list[Unit]) -> None:
             f"{folder} was begun with another {', '.join(changed)}: choose another folder, or "
             "remove it to start again (--overwrite)"
         )
+
+
+def _read_own(path: Path, fields: Iterable[str]) -> dict[str, Any]:
+    """What an earlier run wrote. Raises: PrepareError if that is not what the file holds."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= set(fields):
+        raise PrepareError(f"{path} is damaged: prepare the folder again (--overwrite)")
+    return found
 
 
 def remove(folder: str | Path) -> None:
@@ -252,13 +292,35 @@ class UnitWriter:
         self._dtype = job.token_dtype
 
     def write(self, number: int, unit: Unit) -> dict[str, Any]:
-        """Writes the shards of a unit and its report, the latter last; returns the report.
+        """Writes the shards of a unit and its report, the latter last; returns the report. Where
+        storage fails the unit is begun again.
 
-        Raises: SourceError, PrepareError.
+        Raises: SourceError, PrepareError, StorageError.
         """
+        what = f"preparing unit {number} ({unit.path})"
+        return with_retries(
+            lambda: self._write(number, unit), what, seconds=self._job.retry_seconds
+        )
+
+    def _write(self, number: int, unit: Unit) -> dict[str, Any]:
         tally = Tally(self._job)
+        with contextlib.ExitStack() as stack:
+            paths = {split: self._folder / f"{number:05d}.{split}" for split in SPLITS}
+            shards = {s: stack.enter_context(_Shard(path)) for s, path in paths.items()}
+            self._fill(shards, unit, tally)
+            splits = {split: shard.close() for split, shard in shards.items()}
+        report = {
+            "size": unit.size,
+            "rows": tally.rows,
+            "bad": dict(sorted(tally.bad.items())),
+            "shown": tally.shown,
+            "splits": splits,
+        }
+        write_json(self._folder / f"{number:05d}.json", report)
+        return report
+
+    def _fill(self, shards: dict[str, _Shard], unit: Unit, tally: Tally) -> None:
         fraction = self._job.max_bad_fraction and max(self._job.max_bad_fraction, HOPELESS)
-        shards = {split: _Shard(self._folder / f"{number:05d}.{split}") for split in SPLITS}
         for index, row in enumerate(read(self._job.source, unit)):
             if row is None:
                 continue
@@ -275,15 +337,6 @@ class UnitWriter:
             name = unit.row_name(index)
             split = split_of(name, self._job.validation_percent)
             shards[split].write(example, stable_hash(name), index, self._dtype)
-        report = {
-            "size": unit.size,
-            "rows": tally.rows,
-            "bad": dict(sorted(tally.bad.items())),
-            "shown": tally.shown,
-            "splits": {split: shard.close() for split, shard in shards.items()},
-        }
-        write_json(self._folder / f"{number:05d}.json", report)
-        return report
 
     def _example(self, row: dict[str, Any] | BadRow) -> Example:
         if isinstance(row, BadRow):
@@ -302,11 +355,21 @@ class _Shard:
 
     def __init__(self, path: Path):
         self._path = path
-        self._writer = ArrayRecordWriter(f"{path}.array_record", "group_size:1,zstd:3")
+        with self._storage_errors():
+            self._writer = ArrayRecordWriter(f"{path}.array_record", "group_size:1,zstd:3")
         self._entries: list[tuple[int, ...]] = []
         self._records = 0
         self._weights: set[float] = set()
         self._sha256 = hashlib.sha256()
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Lets go of a file whose writing was broken off: it may be written anew."""
+        with contextlib.suppress(RuntimeError, ValueError):
+            if self._writer.is_open():
+                self._writer.close()
 
     def write(self, example: Example, document: int, row: int, dtype: np.dtype) -> None:
         for piece in _chunks(example):
@@ -395,12 +458,13 @@ class Tally:
         )
 
 
-def _manifest(job: Job, units: list[Unit], folder: Path) -> dict[str, Any]:
+def _manifest(job: Job, units: list[Unit], files: dict[str, Any], folder: Path) -> dict[str, Any]:
     reports = [json.loads((folder / f"{i:05d}.json").read_text()) for i in range(len(units))]
     splits = {split: _total([r["splits"][split] for r in reports]) for split in SPLITS}
     bad = sum((collections.Counter(r["bad"]) for r in reports), collections.Counter())
     return {
         **job.describe(),
+        "files": files,
         "rows": {"read": sum(r["rows"] for r in reports), "bad": dict(sorted(bad.items()))},
         "bad_examples": [s for r in reports for s in r["shown"]][:100],
         "token_bytes": job.token_dtype.itemsize,

@@ -7,6 +7,7 @@ blank line as None: it is no row, but its number counts.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -16,6 +17,7 @@ import importlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -24,6 +26,7 @@ from etils import epath
 
 from llada2_jax.data.examples import BadRow
 from llada2_jax.errors import UserError
+from llada2_jax.retry import describe
 
 UNIT_BYTES = 32 << 20
 UNIT_ROWS = 8192
@@ -33,6 +36,10 @@ Row = dict[str, Any] | BadRow | None
 
 class SourceError(UserError, ValueError):
     """A source that cannot be read; the message names the file and the way out."""
+
+
+class _Damaged(Exception):
+    """Bytes that are not what their format asks for; storage gave them without an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,49 +90,78 @@ class Format(Protocol):
 
 
 def resolve_format(spec: SourceSpec) -> SourceSpec:
-    """The spec with its format known. Raises: SourceError."""
+    """The spec with its format known. Raises: SourceError, OSError."""
     if spec.format in FORMATS:
         return spec
     if spec.format != "auto":
         raise SourceError(f"format {spec.format!r}: choose one of auto, {', '.join(FORMATS)}")
-    path = _root(spec.path)
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        return dataclasses.replace(spec, format="huggingface")
-    # Of a whole folder, files of no known format are nobody's; files asked for by name are text.
-    unknown = None if path.is_dir() and not spec.pattern else "text"
-    found: dict[str, str] = {}
-    for file in list_files(spec.path, (spec.pattern or "*",)):
-        found.setdefault(_format_of(file.name) or unknown or "", str(file))
-    found.pop("", None)
+    with _bucket_errors(spec.path):
+        path = _root(spec.path)
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            return dataclasses.replace(spec, format="huggingface")
+        found: dict[str, str] = {}
+        for file in list_files(spec)[0]:
+            found.setdefault(_format_of(file.name), str(file))
+        # Of a whole folder, files of no known format are left out; here they were asked for.
+        asked_for = bool(spec.pattern) or not path.is_dir()
+    unknown = found.pop("", None)
     if len(found) > 1:
         examples = ", ".join(f"{kind} ({file})" for kind, file in found.items())
         raise SourceError(
             f"{spec.path} holds files of several formats: {examples}; say which to read (--format)"
         )
+    if unknown and asked_for:
+        raise SourceError(
+            f"{unknown}: no format has files of such names: say what it is (--format text, ...) or "
+            "leave it out (--pattern)"
+        )
     return dataclasses.replace(spec, format=next(iter(found), "text"))
 
 
-def _format_of(name: str) -> str | None:
-    """The format that a file of this name usually has."""
-    matches = (k for k, f in FORMATS.items() if any(fnmatch.fnmatch(name, p) for p in f.patterns))
-    return next(matches, None)
+def _format_of(name: str) -> str:
+    """The format that a file of this name usually has; empty where none has."""
+    return next((kind for kind, form in FORMATS.items() if _matches(name, form.patterns)), "")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name, in letters of either case, is one that a format's files usually have."""
+    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
 def plan(spec: SourceSpec) -> list[Unit]:
-    """The units of a source, in a fixed order. Raises: SourceError if there is nothing to read."""
-    units = FORMATS[spec.format].plan(spec)
+    """The units of a source, in a fixed order.
+
+    Raises: SourceError if there is nothing to read; OSError.
+    """
+    with _bucket_errors(spec.path):
+        units = FORMATS[spec.format].plan(spec)
     if not units:
         raise SourceError(f"{spec.path} holds nothing of format {spec.format!r}")
     return units
 
 
+def survey(spec: SourceSpec) -> dict[str, Any]:
+    """How many files a source is read from ("read"), how many are "left_out" and the name of one
+    of them ("example"); nothing of formats that are no files. Raises: SourceError, OSError."""
+    if not FORMATS[spec.format].patterns:
+        return {}
+    with _bucket_errors(spec.path):
+        files, others = list_files(spec)
+    counts = {"read": len(files), "left_out": len(others)}
+    return counts | ({"example": str(others[0])} if others else {})
+
+
 def read(spec: SourceSpec, unit: Unit) -> Iterator[Row]:
-    """The rows of a unit. Raises: SourceError for a file that is damaged as a whole."""
+    """The rows of a unit.
+
+    Raises: SourceError for a file that is damaged as a whole; OSError where storage fails.
+    """
     form, rows = FORMATS[spec.format], 0
     try:
-        for value in form.read(spec, unit):
-            yield value
-            rows += 1
+        with _bucket_errors(unit.path):
+            for value in form.read(spec, unit):
+                yield value
+                rows += 1
     except _DAMAGE as error:
         place = form.place(unit, rows)
         raise SourceError(f"{place}: the file cannot be read further: {error}") from error
@@ -136,7 +172,28 @@ def place(spec: SourceSpec, unit: Unit, row: int) -> str:
     return FORMATS[spec.format].place(unit, row)
 
 
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, OSError)
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, _Damaged)
+
+
+def _of_storage(error: Exception) -> bool:
+    """Whether the system refused to read. Arrow calls damage an OSError too, without a number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+@contextlib.contextmanager
+def _bucket_errors(path: str) -> Iterator[None]:
+    """What gcsfs raises: as an OSError if it may pass, else as a SourceError."""
+    if not path.startswith("gs://"):
+        yield
+        return
+    gcsfs = require("gcsfs.retry", "gcs", "reads gs:// paths")
+    try:
+        yield
+    except (gcsfs.HttpError, *gcsfs.RETRIABLE_EXCEPTIONS) as error:
+        what = f"{path} cannot be read: {describe(error)}"
+        if gcsfs.is_retriable(error):
+            raise OSError(what) from error
+        raise SourceError(f"{what}; check the name and your credentials for the bucket") from error
 
 
 def _root(path: str) -> epath.Path:
@@ -146,39 +203,75 @@ def _root(path: str) -> epath.Path:
     return epath.Path(path).expanduser()
 
 
-def list_files(path: str, patterns: tuple[str, ...]) -> list[epath.Path]:
-    """Files in the order of their names: a file, a folder's files that match, or a glob's.
+def list_files(spec: SourceSpec) -> tuple[list[epath.Path], list[epath.Path]]:
+    """The files that a source is read from, and those left out, both in the order of their names.
 
-    Raises: SourceError if there is none.
+    Read are the file, a folder's files whose names are usual for the format, a glob's files; of
+    these, those that match the pattern, if there is one. Raises: SourceError if that is none.
     """
-    root = _root(path)
+    root = _root(spec.path)
+    files, folders = _matched(root)
+    wanted = spec.pattern or "*"
+    chosen = [f for f in files if fnmatch.fnmatchcase(f.name, wanted)]
+    if root.is_dir() and spec.format != "auto" and not spec.pattern:
+        usual = FORMATS[spec.format].patterns
+        wanted = ", ".join(usual)
+        chosen = [f for f in files if _matches(f.name, usual)]
+    others = sorted({*files, *folders}.difference(chosen))
+    if not chosen:
+        such = f" ({len(others)} others, such as {others[0]})" if others else ""
+        raise SourceError(f"{spec.path}: no such file, or none that matches {wanted}{such}")
+    return sorted(chosen), others
+
+
+def _matched(root: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
+    """The files that a path stands for (its own, all below it, or a glob's), and the folders that
+    a glob matches."""
     if root.is_dir():
-        found = [p for p in _walk(root) if any(fnmatch.fnmatch(p.name, x) for x in patterns)]
-    elif any(c in root.name for c in "*?["):
-        found = [p for p in root.parent.glob(root.name) if p.is_file()]
-    else:
-        found = [root] if root.is_file() else []
-    found = sorted(found)
-    if not found:
-        raise SourceError(f"{path}: no such file, or none that matches {', '.join(patterns)}")
-    return found
+        return list(_walk(root)), []
+    if root.is_file():
+        return [root], []
+    if not any(c in root.name for c in "*?["):
+        return [], []
+    found = list(root.parent.glob(root.name))
+    folders = [f for f in found if f.is_dir()]
+    return [f for f in found if f not in folders], folders
 
 
 def _walk(root: epath.Path) -> Iterator[epath.Path]:
-    """All files below a folder; epath refuses recursive patterns, and its walk of a bucket names
-    folders without the scheme."""
-    scheme = "".join(str(root).partition("://")[:2]) if "://" in str(root) else ""
-    for folder, _, names in root.walk():
+    """All files below a folder; epath's walk of a bucket names folders without the scheme."""
+    if "://" not in str(root):
+        yield from map(epath.Path, _walk_links(str(root)))
+        return
+    scheme = "".join(str(root).partition("://")[:2])
+    for folder, _, names in root.walk(on_error=_raise):
         named = epath.Path(scheme + str(folder).removeprefix(scheme))
         yield from (named / name for name in names)
 
 
-def _files(spec: SourceSpec, patterns: tuple[str, ...]) -> list[tuple[epath.Path, str]]:
+def _walk_links(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """All files below a folder and below folders that are linked there, but for links to one of
+    the folders that the link lies in: what they hold has its turn anyway."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk_links(entry.path, above | {real})
+            else:
+                yield entry.path
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _files(spec: SourceSpec) -> list[tuple[epath.Path, str]]:
     """The source's files, and their names relative to it."""
     root = _root(spec.path)
     base = root if root.is_dir() else root.parent
-    files = list_files(spec.path, (spec.pattern,) if spec.pattern else patterns)
-    return [(f, f.relative_to(base).as_posix()) for f in files]
+    return [(f, f.relative_to(base).as_posix()) for f in list_files(spec)[0]]
 
 
 def _stamp(files: Iterable[epath.Path]) -> str:
@@ -216,7 +309,7 @@ class _Text:
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
         groups: list[list[tuple[str, int]]] = [[]]
-        for file, name in _files(spec, self.patterns):
+        for file, name in _files(spec):
             if sum(size for _, size in groups[-1]) >= UNIT_BYTES or len(groups[-1]) >= UNIT_ROWS:
                 groups.append([])
             groups[-1].append((name, file.stat().length))
@@ -248,13 +341,14 @@ class _JsonLines:
         "*.jsonl.gz",
         "*.jsonl.zst",
         "*.ndjson",
+        "*.json",
         "*.json.gz",
         "*.json.zst",
     )
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
         units = []
-        for file, name in _files(spec, self.patterns):
+        for file, name in _files(spec):
             size, whole = file.stat().length, _compression(str(file)) is not None
             if whole and not size:
                 raise SourceError(f"{file} has no bytes: compressed, even nothing has some")
@@ -291,7 +385,7 @@ class _JsonLines:
 
 
 def _compression(path: str) -> str | None:
-    return next((suffix for suffix in _OPENERS if path.endswith(suffix)), None)
+    return next((suffix for suffix in _OPENERS if path.lower().endswith(suffix)), None)
 
 
 def _open_zstd(raw) -> io.BufferedReader:
@@ -330,7 +424,7 @@ class _ZstdStream(io.RawIOBase):
             try:
                 out.append(self._frame.decompress(data))
             except self._zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
+                raise _Damaged(str(error)) from error
             if not self._frame.eof:
                 break
             data, self._frame = self._frame.unused_data, None
@@ -350,7 +444,7 @@ class _Parquet:
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
         units = []
-        for file, name in _files(spec, self.patterns):
+        for file, name in _files(spec):
             with file.open("rb") as raw:
                 meta = self._open(raw, str(file)).metadata
                 groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
@@ -366,6 +460,8 @@ class _Parquet:
         try:
             return parquet.ParquetFile(raw, page_checksum_verification=True)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
+            if _of_storage(error):
+                raise
             raise SourceError(f"{name} is no Parquet file: {error}") from error
 
     def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
@@ -374,7 +470,7 @@ class _Parquet:
                 try:
                     rows = batch.to_pylist()
                 except (ValueError, OverflowError):
-                    rows = [_arrow_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+                    rows = [_arrow_row(batch, i) for i in range(batch.num_rows)]
                 yield from rows
 
     def _batches(self, raw, unit: Unit) -> Iterator[Any]:
@@ -382,17 +478,23 @@ class _Parquet:
         table = self._open(raw, unit.path)
         try:
             yield from table.iter_batches(batch_size=256, row_groups=[unit.start])
-        except (pyarrow.ArrowException, ValueError) as error:
-            raise OSError(str(error)) from error
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            if _of_storage(error):
+                raise
+            raise _Damaged(str(error)) from error
 
     def place(self, unit: Unit, row: int) -> str:
         return f"{unit.path}: row {row} of row group {unit.start}"
 
 
-def _arrow_row(batch) -> Row:
-    """The row of a batch of one."""
+def _arrow_row(batch, index: int) -> Row:
+    return _python_row(lambda: batch.slice(index, 1).to_pylist()[0])
+
+
+def _python_row(convert: Callable[[], Row]) -> Row:
+    """convert(), which makes Python values of Arrow's, or the BadRow that says why it cannot."""
     try:
-        return batch.to_pylist()[0]
+        return convert()
     except UnicodeDecodeError as error:
         return BadRow("not_utf8", str(error))
     except (ValueError, OverflowError) as error:  # dates and times that Python has no value for
@@ -406,7 +508,7 @@ class _ArrayRecord:
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
         units = []
-        for file, name in _files(spec, self.patterns):
+        for file, name in _files(spec):
             count, size = self._reader(str(file)).num_records(), file.stat().length
             stamp = _stamp([file])
             units += [
@@ -418,9 +520,12 @@ class _ArrayRecord:
     @staticmethod
     def _reader(path: str):
         module = importlib.import_module("array_record.python.array_record_module")
+        with open(path, "rb"):  # the library takes a file that it cannot open for an empty one
+            pass
         try:
             return module.ArrayRecordReader(path)
         except (RuntimeError, ValueError) as error:
+            _raise_system_error(error)
             raise SourceError(f"{path} is no ArrayRecord file: {error}") from error
 
     def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
@@ -429,12 +534,22 @@ class _ArrayRecord:
             try:
                 records = reader.read(unit.start + start, unit.start + stop)
             except (RuntimeError, ValueError, IndexError) as error:
-                raise OSError(str(error)) from error
+                _raise_system_error(error)
+                raise _Damaged(str(error)) from error
             for record in records:
                 yield parse_json(record) if spec.records == "json" else _text_row(record)
 
     def place(self, unit: Unit, row: int) -> str:
         return f"{unit.path}: record {unit.start + row}"
+
+
+# ArrayRecord has one exception for damage and for a system call that failed, which its text names.
+_SYSTEM_CALL = re.compile(r"\b\w+\(\) failed")
+
+
+def _raise_system_error(error: Exception) -> None:
+    if _SYSTEM_CALL.search(str(error)):
+        raise OSError(str(error)) from error
 
 
 def _text_row(record: bytes) -> Row:
@@ -460,8 +575,10 @@ class _HuggingFace:
         datasets = require("datasets", "data", "reads Hugging Face datasets")
         try:
             loaded = datasets.load_from_disk(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise SourceError(f"{path} is no dataset on disk: {error}") from error
+        except Exception as error:  # whatever it stumbles over where a file is damaged
+            if _of_storage(error) and not isinstance(error, FileNotFoundError):
+                raise
+            raise SourceError(f"{path} is no dataset on disk: {describe(error)}") from error
         if not isinstance(loaded, dict):
             return loaded
         if split not in loaded:
@@ -471,7 +588,7 @@ class _HuggingFace:
     def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
         rows = self._load(spec.path, spec.split)
         for index in range(unit.start, unit.stop):
-            yield rows[index]
+            yield _python_row(functools.partial(rows.__getitem__, index))
 
     def place(self, unit: Unit, row: int) -> str:
         return f"{unit.path}: row {unit.start + row}"

@@ -1,12 +1,16 @@
 """`llada2 data prepare gs://…`, against a server that answers as Google's does."""
 
+import http.server
 import os
 import subprocess
 import sys
+import threading
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from gcp_storage_emulator.server import create_server
 
@@ -34,8 +38,8 @@ def upload(url: str, folder: Path) -> None:
         urllib.request.urlopen(request).close()
 
 
-def prepared(source: str, out: Path, url: str) -> list[list[int]]:
-    """The documents that a process of its own makes of the source."""
+def run(source: str, out: Path, url: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """`llada2 data prepare` in a process of its own, which takes the server for Google's."""
     env = os.environ | {
         "STORAGE_EMULATOR_HOST": url,
         # Else it asks for the kind of bucket by gRPC, which this server does not speak.
@@ -44,22 +48,29 @@ def prepared(source: str, out: Path, url: str) -> list[list[int]]:
     }
     command = [sys.executable, "-m", "llada2_jax.cli", "data", "prepare", source, str(out)]
     command += ["--tokenizer", str(TINY_AR), "--validation-percent", "0", "--processes", "1"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    return subprocess.run([*command, *options], env=env, capture_output=True, text=True)
+
+
+def prepared(source: str, out: Path, url: str) -> list[list[int]]:
+    """The documents that are made of the source."""
+    done = run(source, out, url)
     assert done.returncode == 0, done.stderr
     documents = PreparedDocuments(out, "train")
     lengths = enumerate(documents.lengths)
     return sorted(documents.read(i, 0, int(n))[0].tolist() for i, n in lengths)
 
 
-@pytest.mark.parametrize("form", ["jsonl", "text"])
+@pytest.mark.parametrize("form", ["jsonl", "text", "parquet"])
 def test_a_bucket_is_read_as_a_folder_is(storage_url, tmp_path, form):
-    """Folders, and globs over compressed files; text files in folders of their own."""
+    """Folders, and globs over compressed files; files in folders of their own."""
     local = tmp_path / "local" / "code"
     for i, text in enumerate(texts(6)):
         below = local / f"part{i % 2}"
         below.mkdir(parents=True, exist_ok=True)
         if form == "text":
             (below / f"{i}.txt").write_text(text)
+        elif form == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), below / f"{i}.parquet")
         else:
             write_jsonl(local / f"{i}.jsonl.gz", [{"text": text}])
     upload(storage_url, local.parent)
@@ -67,3 +78,26 @@ def test_a_bucket_is_read_as_a_folder_is(storage_url, tmp_path, form):
     expected = prepared(f"{local}", tmp_path / "expected", storage_url)
     assert len(expected) == 6
     assert prepared(source, tmp_path / "found", storage_url) == expected
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A server that answers nobody."""
+
+    def do_GET(self):
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b'{"error": {"message": "Who are you?"}}')
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_bucket_that_refuses_is_named_with_the_status(tmp_path):
+    with http.server.ThreadingHTTPServer(("localhost", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://localhost:{server.server_port}"
+        done = run("gs://corpus/code", tmp_path / "out", url)
+        server.shutdown()
+    assert done.returncode == 1
+    assert "error: gs://corpus/code cannot be read: Who are you?, 401; check" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from llada2_jax import cli
+from llada2_jax.assets import TINY_AR
 from llada2_jax.data import inspect as packed
 from llada2_jax.data.prepare import prepare
 from tests.data_helpers import files, job, texts, write_jsonl
@@ -106,6 +107,10 @@ def test_bench_prints_tokens_per_second_per_core(chats, capsys):
 
 
 def test_mistakes_are_told_without_a_traceback(tmp_path, chats, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text('{"model": {}}')
+    chats_file = str(write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}]))
+    preparing = ["prepare", chats_file, str(tmp_path / "o"), "--tokenizer"]
     for status, arguments, message in (
         (1, ["inspect", str(tmp_path)], "has no manifest.json"),
         (
@@ -118,6 +123,14 @@ def test_mistakes_are_told_without_a_traceback(tmp_path, chats, capsys):
             ["prepare", "nowhere.jsonl", str(tmp_path / "o"), "--tokenizer", str(tmp_path)],
             "it holds no",
         ),
+        (1, [*preparing, str(tmp_path / "broken")], "broken: tokenizer.json cannot be read: "),
+        (2, [*preparing, str(TINY_AR), "--max-bad-fraction", "nan"], "max_bad_fraction=nan"),
+        (2, [*preparing, str(TINY_AR), "--row-length", "-5"], "-5: must be at least 1"),
+        (2, [*preparing, str(TINY_AR), "--processes", "-1"], "-1: must be at least 1"),
+        (2, ["inspect", str(chats), "--row-length", "0"], "0: must be at least 1"),
+        (2, ["bench", str(chats), "--row-length", "-8"], "-8: must be at least 1"),
+        (2, ["inspect", str(chats), "--block-size", "0"], "0: must be at least 1"),
+        (2, ["inspect", str(chats), "--rows", "0"], "0: must be at least 1"),
         (2, ["bench", str(chats), "--weights", "x"], "--weights: invalid"),
         (2, ["bench", str(chats), "--weights", "1,2"], "one positive number for each"),
     ):

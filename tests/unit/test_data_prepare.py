@@ -35,6 +35,7 @@ from llada2_jax.data.prepare import (
 )
 from llada2_jax.data.prepared import PreparedDocuments, PreparedError, read_manifest
 from llada2_jax.data.sources import SourceError, SourceSpec, plan, read, resolve_format
+from llada2_jax.errors import UsageError
 from tests.data_helpers import SPECIAL, files, job, texts, write_jsonl
 
 TOKENIZER = Tokenizer.from_str(files()["tokenizer.json"])
@@ -194,26 +195,71 @@ def test_auto_refuses_files_of_several_formats(tmp_path):
     (tmp_path / "sub" / "README.md").write_text("text")
     with pytest.raises(SourceError, match=r"several formats: .*text \(.*README\.md\).*--format"):
         resolve_format(SourceSpec(str(tmp_path)))
-    with pytest.raises(SourceError, match="several formats"):
-        resolve_format(SourceSpec(str(tmp_path / "*")))
-    for pattern, kind in (("*.md", "text"), ("*.jsonl", "jsonl"), ("LIC*", "text")):
+    for pattern, kind in (("*.md", "text"), ("*.jsonl", "jsonl")):
         assert resolve_format(SourceSpec(str(tmp_path), pattern=pattern)).format == kind
     assert resolve_format(SourceSpec(str(tmp_path), "jsonl")).format == "jsonl"
+    # What is asked for by name is not left out.
+    for path, pattern in (("", "LIC*"), ("LICENSE", ""), ("*", "")):
+        with pytest.raises(SourceError, match=r"LICENSE: no format has files of such n"):
+            resolve_format(SourceSpec(str(tmp_path / path), pattern=pattern))
+    with pytest.raises(SourceError, match=r"none that matches \*\.md \(1 others, such as .*b\.jso"):
+        resolve_format(SourceSpec(str(tmp_path / "b.jsonl"), pattern="*.md"))
+
+
+def test_nothing_is_left_out_without_a_word(tmp_path, caplog):
+    """Names in capitals, linked folders, links in circles, brackets that are no glob."""
+    folder = tmp_path / "in"
+    for below in (folder, folder / "sub", tmp_path / "elsewhere"):
+        below.mkdir()
+    paths = [folder / n for n in ("a[1].jsonl", "b.json", "D.JSONL", "E.JSON.GZ", "sub/f.ndjson")]
+    rows = texts(6)
+    for path, text in zip([*paths, tmp_path / "elsewhere/g.jsonl"], rows, strict=True):
+        if path.suffix == ".GZ":
+            path.write_bytes(write_jsonl(tmp_path / "a.gz", [{"text": text}]).read_bytes())
+        else:
+            write_jsonl(path, [{"text": text}])
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "sub" / "up").symlink_to(folder)
+    manifest = prepare(job(folder), tmp_path / "all", processes=1)
+    assert sorted(t for t, _ in documents_of(tmp_path / "all")) == rows
+    assert manifest["files"] == {"read": 6, "left_out": 0} and not caplog.text
+    (folder / "c.jsonl.bz2").write_bytes(b"x")
+    (folder / "sub" / "LICENSE").write_text("x")
+    manifest = prepare(job(folder), tmp_path / "most", processes=1)
+    left = {"read": 6, "left_out": 2, "example": str(folder / "c.jsonl.bz2")}
+    assert manifest["files"] == left
+    assert f"6 files of format jsonl are read, 2 are left out, such as {folder}/c.js" in caplog.text
+    for path, counts in (
+        (paths[0], {"read": 1, "left_out": 0}),
+        (folder / "*[bn]*", {"read": 3, "left_out": 2, "example": str(folder / "link")}),
+    ):
+        assert sources.survey(SourceSpec(str(path), "jsonl")) == counts
+
+
+def test_json_that_is_no_lines_is_bad_rows(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in texts(9)], indent=1))
+    with pytest.raises(
+        PrepareError, match=r"not_json \(the line is not a JSON object\)[^$]*json:1:"
+    ):
+        prepare(job(tmp_path / "a.json"), tmp_path / "out", processes=1)
 
 
 def test_values_that_are_no_rows_are_bad_rows(tmp_path):
+    import datasets
     import pyarrow
     import pyarrow.parquet
 
     texts = pyarrow.array([b"a", b"\xff", b"c", b"d"]).view(pyarrow.string())
     times = pyarrow.array([0, 0, 2**60, 0], pyarrow.timestamp("ms"))
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "at": times}), path)
-    spec = SourceSpec(str(path), "parquet")
-    rows = [row for unit in plan(spec) for row in read(spec, unit)]
-    assert [row.kind if isinstance(row, BadRow) else row["text"] for row in rows] == [
-        "a", "not_utf8", "wrong_type", "d",
-    ]  # fmt: skip
+    table = pyarrow.table({"text": texts, "at": times})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "huggingface")
+    for name in ("a.parquet", "huggingface"):
+        spec = resolve_format(SourceSpec(str(tmp_path / name)))
+        rows = [row for unit in plan(spec) for row in read(spec, unit)]
+        assert [row.kind if isinstance(row, BadRow) else row["text"] for row in rows] == [
+            "a", "not_utf8", "wrong_type", "d",
+        ]  # fmt: skip
     # And those of seqio, whose texts are bytes.
     assert sources._plain_row({"text": "é".encode()}) == {"text": "é"}
     assert sources._plain_row({"text": b"\xff"}).kind == "not_utf8"
@@ -227,9 +273,15 @@ def test_a_compressed_file_without_bytes_is_damaged(name, tmp_path):
         prepare(job(tmp_path), tmp_path / "out", processes=1)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.array_record"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.array_record", "huggingface"]
+)
 def test_a_damaged_file_stops_with_its_name(name, tmp_path):
-    if name.startswith("a.jsonl"):
+    if name == "huggingface":
+        FORMATS[name](tmp_path / name, texts(500))
+        (arrow,) = (tmp_path / name).glob("*.arrow")
+        arrow.write_bytes(arrow.read_bytes()[:-9000])
+    elif name.startswith("a.jsonl"):
         write_jsonl(tmp_path / name, [{"text": t} for t in texts(500)])
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) // 2])
@@ -333,6 +385,94 @@ def test_a_stopped_preparation_goes_on_where_it_stopped(source, tmp_path, monkey
     left.clear()
     assert prepare(job(source), tmp_path / "out", processes=1, progress=watching) == whole
     assert left == []
+
+
+def test_overwriting_removes_nothing_before_the_job_is_known_to_be_possible(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(job(source), out, processes=1)
+    before = contents(out)
+    for wrong, error in (
+        (job(tmp_path / "mistyped"), SourceError),
+        (job(source, content="chat", template="{% broken"), ValueError),
+        (job(source / "a.jsonl", source={"format": "parquet"}), SourceError),
+    ):
+        with pytest.raises(error):
+            prepare(wrong, out, processes=1, overwrite=True)
+        assert contents(out) == before
+    prepare(job(source, bos=False), out, processes=1, overwrite=True)
+    assert contents(out) != before
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"job": {}}'])
+def test_what_an_earlier_run_left_damaged_is_named(text, source, tmp_path):
+    prepare(job(source), tmp_path / "out", processes=1)
+    for name in (PLAN, "00003.json"):
+        good = (tmp_path / "out" / name).read_text()
+        (tmp_path / "out" / name).write_text(text)
+        with pytest.raises(PrepareError, match=rf"{name} is damaged: .*--overwrite"):
+            prepare(job(source), tmp_path / "out", processes=1)
+        (tmp_path / "out" / name).write_text(good)
+
+
+@pytest.mark.parametrize(
+    "field", [{"max_bad": float("nan")}, {"max_bad": -1}, {"validation": 250}, {"max_bad": 1.5}]
+)
+def test_shares_beyond_the_whole_are_refused(field):
+    with pytest.raises(UsageError, match=r"(max_bad_fraction|validation_percent)=.* from 0 to 1"):
+        job("a.jsonl", **field)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_storage_that_fails_for_a_while_changes_nothing(kind, tmp_path, monkeypatch, caplog):
+    """In a unit's middle, where rows were written already, and while the source is listed."""
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    (tmp_path / "in").mkdir()
+    FORMATS[kind](tmp_path / "in", texts(40))
+    whole = prepare(job(tmp_path / "in"), tmp_path / "whole", processes=1)
+    form = sources.FORMATS[whole["source"]["format"]]
+    faults, rows_of, plan_of = [5, 3, -1], form.read, form.plan
+
+    def failing(self, spec, unit):
+        for i, row in enumerate(rows_of(spec, unit)):
+            if faults and i == faults[-1]:
+                faults.pop()
+                raise OSError(errno.EIO, "Input/output error")
+            yield row
+
+    def failing_once(self, spec):
+        if faults[-1] == -1:
+            faults.pop()
+            raise OSError(errno.EIO, "Input/output error")
+        return plan_of(spec)
+
+    monkeypatch.setattr(type(form), "read", failing)
+    monkeypatch.setattr(type(form), "plan", failing_once)
+    with pytest.raises(retry.StorageError, match="reading .* failed: .*Input/output error"):
+        prepare(job(tmp_path / "in"), tmp_path / "out", processes=1)
+    with pytest.raises(retry.StorageError, match="preparing unit 0 .* failed: .*Input/output"):
+        prepare(job(tmp_path / "in"), tmp_path / "out", processes=1)
+    faults += [6, 3, -1]
+    patient = dataclasses.replace(job(tmp_path / "in"), retry_seconds=9)
+    assert prepare(patient, tmp_path / "out", processes=1) == whole and not faults
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert caplog.text.count("trying again") == 4
+
+
+@pytest.mark.parametrize("kind", ["parquet", "array_record", "huggingface", "jsonl.gz"])
+def test_what_storage_refuses_is_not_called_damage(kind, tmp_path, monkeypatch):
+    """A file that is away, as a mount may be, once the source was planned."""
+    (tmp_path / "in").mkdir()
+    FORMATS[kind](tmp_path / "in", texts(9))
+    spec = resolve_format(SourceSpec(str(tmp_path / "in")))
+    unit = plan(spec)[0]
+    if kind == "huggingface":
+        refused = PermissionError(errno.EACCES, "Permission denied")
+        monkeypatch.setattr("datasets.load_from_disk", lambda path: (_ for _ in ()).throw(refused))
+        sources._HuggingFace._load.cache_clear()
+    else:
+        (tmp_path / "in").rename(tmp_path / "away")
+    with pytest.raises(OSError, match="No such file|Permission denied"):
+        list(read(spec, unit))
 
 
 def test_a_plan_whose_writing_was_interrupted_is_no_other_file(source, tmp_path):
