@@ -12,7 +12,9 @@ from llada2_jax.checkpoint import save_model
 from llada2_jax.config import (
     ConfigError,
     DataConfig,
+    DPOConfig,
     MeshConfig,
+    NoiseConfig,
     OptimizerConfig,
     default_config,
     model_dict,
@@ -22,6 +24,7 @@ from llada2_jax.diffusion import corrupt
 from llada2_jax.hub import load_model
 from llada2_jax.metrics import read_metrics
 from llada2_jax.model import build
+from llada2_jax.reference import make_reference_step
 from llada2_jax.sharding import (
     check_cut,
     check_mesh,
@@ -33,13 +36,15 @@ from llada2_jax.sharding import (
 )
 from llada2_jax.train import train
 from llada2_jax.train_step import init_state, make_context, make_train_step, reset_moments
+from llada2_jax.types import ADAPTED_MODULES, LoRAConfig
 from pallas_kernels.block_layout import block_index
-from tests.helpers import assert_same_params, config
+from tests.helpers import assert_same_params, config, make_pairs, random_params
 from tests.sharding.helpers import (
     CFG,
     LENGTH,
     MASK,
     MODEL,
+    ROWS,
     assert_equal,
     gradients,
     mesh_of,
@@ -54,6 +59,7 @@ CASES = [
     ("ar", {"model": 2}, {}),
     ("ar", MIXED, {"tie_word_embeddings": True, "remat": "full"}),
     ("bdlm", MIXED, {}),
+    ("bdlm", MIXED, {"lora": LoRAConfig(rank=2, modules=ADAPTED_MODULES)}),
 ]
 
 
@@ -73,6 +79,35 @@ def test_gradients_of_micro_batches():
     cfg = dataclasses.replace(CFG, optimizer=OptimizerConfig(accumulate=2))
     mine = gradients(mesh_of(fsdp=2, expert=2), "ar", cfg=cfg)
     assert_equal(mine, on_one_device("ar"))
+
+
+def test_gradients_of_weighted_complementary_pairs():
+    cfg = dataclasses.replace(CFG, noise=NoiseConfig(complementary=True))
+    weights = np.random.default_rng(1).uniform(0.5, 2.0, (ROWS, LENGTH)).astype(np.float32)
+    batch = dataclasses.replace(rows(), loss_weights=weights)
+    mine, single = (
+        gradients(mesh, "cap", cfg=cfg, batch=batch)
+        for mesh in (mesh_of(data=2, fsdp=2), mesh_of())
+    )
+    assert_equal(mine, single)
+
+
+def test_gradients_of_preferences_and_bounds_of_their_reference():
+    cfg = dataclasses.replace(CFG, dpo=DPOConfig(samples=2, antithetic=True))
+    draw = functools.partial(np.random.default_rng(1).integers, 0, MASK)
+    pairs = [[(2 * i, draw(5), draw(3), 1), (2 * i + 1, draw(2), draw(6), 0)] for i in range(ROWS)]
+    batch, reference = make_pairs(pairs), random_params(MODEL, 1, 0.3)
+
+    def on(mesh):
+        placed = jax.device_put(reference, shardings(reference, mesh))
+        step, context = make_reference_step(MODEL, mesh=mesh), make_context(cfg, 4, MASK, sigma=0.1)
+        bounds = np.asarray(step(placed, place_batch(batch, mesh), context))
+        referred = dataclasses.replace(batch, reference=bounds)
+        return bounds, gradients(mesh, "dpo", cfg=cfg, batch=referred)
+
+    (bounds, mine), (bounds_1, single) = on(mesh_of(fsdp=2, expert=2)), on(mesh_of())
+    np.testing.assert_allclose(bounds, bounds_1, rtol=1e-5, atol=1e-5)
+    assert_equal(mine, single)
 
 
 def test_noise_is_the_same_bit_for_bit():
