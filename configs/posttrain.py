@@ -27,7 +27,9 @@ def get_config():
     # Little text, and a base that has never seen a question: small steps, and many.
     sft.optimizer.learning_rate, sft.schedule.sft_tokens = 3e-3, 250_000
     cap.optimizer.learning_rate, cap.schedule.cap_tokens = 1e-3, 60_000
-    # DPO goes on at the last rate of its start: ten times this one undid what SFT had taught.
+    # DPO goes on at the last rate of its start: ten times this one undid what SFT had taught. A
+    # decay would reach final_fraction one step after the last: SFT ends at 3.0 % of its peak, CAP,
+    # which is shorter, at 9.2 %.
     sft.optimizer.final_fraction = cap.optimizer.final_fraction = 0.01
     dpo.schedule.dpo_tokens, dpo.eval.rows = 60_000, 4
     for stage in (sft, cap, dpo):

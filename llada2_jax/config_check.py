@@ -441,12 +441,12 @@ def _check_dpo(cfg: TrainConfig) -> None:
         "config.schedule.dpo_tokens: name preference pairs in config.data.sources (llada2 data "
         "prepare --content preference), and set config.data.packing='best_fit'",
     )
-    whole = NoiseConfig()
+    noise = cfg.noise
+    all_rates = noise.draw == "count" or (noise.t_min, noise.t_max) == (0.0, 1.0)
     _require(
-        (cfg.noise.weight, cfg.noise.t_min, cfg.noise.t_max, cfg.noise.edit_rate)
-        == (whole.weight, whole.t_min, whole.t_max, 0.0),
-        "config.noise: dpo compares bounds on likelihoods (eq. 7): weight='elbo', all rates "
-        f"(t_min={whole.t_min}, t_max={whole.t_max}) and edit_rate=0",
+        all_rates and noise.weight == "elbo" and not noise.edit_rate,
+        "config.noise: dpo compares bounds on likelihoods (eq. 7): weight='elbo', edit_rate=0 and "
+        "all rates (draw='count', or 'bernoulli' with t_min=0 and t_max=1)",
     )
     for name in ("dpo.samples", "eval.samples"):
         samples = _get(cfg, name)

@@ -145,6 +145,8 @@ WRONG_DPO = {
     "data__packing": ("concat", r"dpo_tokens: name preference pairs in config\.data\.sources"),
     "data__sources": ((), r"dpo_tokens: name preference pairs in config\.data\.sources"),
     "noise__weight": ("flat", r"config\.noise: dpo compares bounds .*weight='elbo'"),
+    "noise__edit_rate": (0.1, r"config\.noise: dpo compares bounds .*edit_rate=0"),
+    "noise__draw": ("bernoulli", r"dpo compares bounds .*'bernoulli' with t_min=0 and t_max=1"),
 }
 
 
@@ -154,6 +156,13 @@ def test_a_wrong_value_for_dpo_is_named(field):
     assert validate(make(**DPO)).phases == (Phase("dpo", "dpo", 32, 1000),)
     with pytest.raises(ConfigError, match=message):
         validate(make(**DPO | {field: value}))
+
+
+def test_dpo_takes_every_noise_that_gives_the_bound():
+    """tests/unit/test_dpo.py has the enumeration of each."""
+    bernoulli = {"noise__draw": "bernoulli", "noise__t_min": 0.0}
+    for noise in (bernoulli, {"noise__complementary": True}, {"noise__group": "sequence"}):
+        assert validate(make(**DPO | noise)).phases[0].objective == "dpo"
 
 
 CHECKPOINT = {"model": {}, "init__checkpoint": "somewhere"}
