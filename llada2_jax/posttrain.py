@@ -91,16 +91,16 @@ def run(config: Any) -> Path:
         folder = work / f"seed{seed}"
         models: dict[str, Path] = {BASE: Path(config.base)}
         for arm in arms:
-            data = prepared
+            begun, data = time.perf_counter(), prepared
             if arm.stage == "dpo":
                 data = _preferences(config, folder, models["sft"], tasks["preference"], base)
             cfg = arm_config(config, arm, seed, models[arm.start], data)
             print(f"\n== {arm.name}, seed {seed}", flush=True)
             train(cfg)
             models[arm.name] = last_checkpoint(cfg)
-            outcomes = _decoded(config, arm, cfg, models[arm.name], tasks["test"])
+            found = _decoded(config, arm, cfg, models[arm.name], tasks["test"], begun)
             results["arms"].setdefault(arm.name, []).append(
-                {"seed": seed, "outcomes": outcomes, "metrics": read_metrics(Path(cfg.workdir))}
+                {"seed": seed, **found, "metrics": read_metrics(Path(cfg.workdir))}
             )
     results["seconds"] = time.perf_counter() - started
     path = posttrain_report.write(work, results)
@@ -246,13 +246,16 @@ def settings(decoding: Any, trained_block: int) -> list[Setting]:
 
 
 def _decoded(
-    config: Any, arm: Arm, cfg: TrainConfig, model: Path, tasks: Sequence[Task]
-) -> list[dict[str, Any]]:
-    """Outcomes at every setting, from the arm's evaluation.json as far as that holds them."""
+    config: Any, arm: Arm, cfg: TrainConfig, model: Path, tasks: Sequence[Task], begun: float
+) -> dict[str, Any]:
+    """outcomes: at every setting, from the arm's evaluation.json as far as that holds them.
+    seconds: what calls that trained or decoded spent on the arm, if they came to an outcome; None
+    where an older version left no note of it. begun: when this call began with the arm."""
     path = Path(cfg.workdir) / "evaluation.json"
     asked = {"families": config.families.to_dict(), "tasks": config.tasks.to_dict()}
     kept = json.loads(path.read_text()) if path.exists() else {}
     done = kept.get("outcomes", []) if kept.get("asked") == asked else []
+    seconds = before = kept.get("seconds") if kept else 0.0
     have = {Setting(o["threshold"], o["block_size"]) for o in done}
     wanted = settings(config.decoding, cfg.schedule.posttrain_block)
     missing = [s for s in wanted if s not in have]
@@ -261,13 +264,16 @@ def _decoded(
         for setting in missing:
             outcome = evaluate(engine, tasks, setting, config.decoding.max_new_tokens)
             done.append(dataclasses.asdict(outcome))
-            path.write_text(json.dumps({"asked": asked, "outcomes": done}))
+            if before is not None:
+                seconds = before + time.perf_counter() - begun
+            path.write_text(json.dumps({"asked": asked, "outcomes": done, "seconds": seconds}))
             right = np.mean([np.mean(v) for v in outcome.correct.values()])
             print(
                 f"{arm.name}: threshold {setting.threshold}, block {setting.block_size}: "
                 f"score {right:.3f}, {outcome.tokens_per_forward:.2f} tokens/forward"
             )
-    return [o for o in done if Setting(o["threshold"], o["block_size"]) in wanted]
+    outcomes = [o for o in done if Setting(o["threshold"], o["block_size"]) in wanted]
+    return {"outcomes": outcomes, "seconds": seconds}
 
 
 def evaluate(

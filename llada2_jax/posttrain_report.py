@@ -36,7 +36,7 @@ class Point:
 def write(work: Path, results: dict[str, Any]) -> Path:
     """Writes the report's files into `work`; returns the path of report.md.
 
-    results: config; arms: {name: one a seed of {seed, outcomes, metrics}}; gym; seconds.
+    results: config; arms: {name: one a seed of {seed, outcomes, seconds, metrics}}; gym; seconds.
     """
     work.mkdir(parents=True, exist_ok=True)
     families = family_scores(results)
@@ -55,6 +55,7 @@ def write(work: Path, results: dict[str, Any]) -> Path:
         "config": results["config"],
         "gym": results["gym"],
         "seconds": results["seconds"],
+        "seconds_of_all_calls": arm_seconds(results["arms"]),
         "families": families,
         "counted": counted,
         "points": {arm: [dataclasses.asdict(p) for p in ps] for arm, ps in points.items()},
@@ -64,6 +65,12 @@ def write(work: Path, results: dict[str, Any]) -> Path:
     path = work / "report.md"
     path.write_text(_markdown(results, shown, points, trained))
     return path
+
+
+def arm_seconds(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> float | None:
+    """Spent on all arms, whichever call did it; None where that is not known of each."""
+    spent = [run["seconds"] for runs in arms.values() for run in runs]
+    return None if None in spent else sum(spent)
 
 
 def family_scores(results: Mapping[str, Any]) -> dict[str, float]:
@@ -208,11 +215,11 @@ def _markdown(results, shown, points: Mapping[str, list[Point]], trained) -> str
     lines = [
         "# Post-training: SFT, CAP and DPO on tasks that can be checked",
         "",
-        f"`llada2 posttrain`, {shown['seconds'] / 60:.1f} minutes in the call that wrote this "
-        f"(what was found finished is not run again). Python {machine['python']}, jax "
-        f"{machine['jax']}, {machine['device']}, {machine['cores']} cores. Tasks: reasoning-gym "
-        f"{shown['gym']}, {config['tasks']['test']} test questions of each family, none of them "
-        f"trained on. Seeds: {seeds}.",
+        f"`llada2 posttrain`, {took(shown['seconds'], shown['seconds_of_all_calls'])}. "
+        f"Python {machine['python']}, jax {machine['jax']}, {machine['device']}, "
+        f"{machine['cores']} cores. Tasks: reasoning-gym {shown['gym']}, "
+        f"{config['tasks']['test']} test questions of each family, none of them trained on. "
+        f"Seeds: {seeds}.",
         "",
         f"Right answers after SFT by family: {families}. Counted below (at least "
         f"{config['reached']:.0%}): {counted}.",
@@ -238,6 +245,14 @@ def _markdown(results, shown, points: Mapping[str, list[Point]], trained) -> str
             for arm, v in rewards.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def took(seconds: float, all_calls: float | None) -> str:
+    """How long the report was in the making. seconds: of the call that writes it."""
+    last = f"{seconds / 60:.1f} minutes in the call that wrote this"
+    if all_calls is None:
+        return f"{last} (what was found finished is not run again)"
+    return f"{all_calls / 60:.1f} minutes of training and decoding over all calls, {last}"
 
 
 def _comparison(name: str, arms: Mapping[str, list[Point]], trained) -> list[str]:

@@ -63,7 +63,9 @@ def test_stages_are_trained_decoded_and_compared(base, tmp_path, capsys, monkeyp
         assert arm in report
         folder = tmp_path / "seed0" / "arms" / arm
         assert [m["step"] for m in read_metrics(folder, "train")] == [1, 2, 3]
-        outcomes = json.loads((folder / "evaluation.json").read_text())["outcomes"]
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        outcomes = evaluation["outcomes"]
+        assert 0 < evaluation["seconds"] < results["seconds"]
         assert [(o["threshold"], o["block_size"]) for o in outcomes] == [(0.9, 8), (0.6, 8)]
         assert all(len(o["correct"]["word_sequence_reversal"]) == 3 for o in outcomes)
     # A random model answers wrongly, and each wrong answer is a pair.
@@ -83,3 +85,5 @@ def test_stages_are_trained_decoded_and_compared(base, tmp_path, capsys, monkeyp
     (tmp_path / "report.md").unlink()
     assert posttrain.run(small(base, tmp_path)).read_text()
     assert "resuming" in capsys.readouterr().out
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["seconds_of_all_calls"] == results["seconds_of_all_calls"] > 0

@@ -1,5 +1,7 @@
 """Post-training's own parts; tests/e2e/test_posttrain.py runs the whole."""
 
+import json
+import time
 from pathlib import Path
 
 import ml_collections
@@ -8,7 +10,15 @@ import pytest
 from llada2_jax import posttrain
 from llada2_jax.config import ConfigError, load_config
 from llada2_jax.posttrain import Setting
-from llada2_jax.posttrain_report import Point, arm_points, family_scores, gain, preference
+from llada2_jax.posttrain_report import (
+    Point,
+    arm_points,
+    arm_seconds,
+    family_scores,
+    gain,
+    preference,
+    took,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -69,7 +79,34 @@ def test_settings_are_a_cross_or_all_pairs():
     assert posttrain.settings(decoding, 32) == [Setting(t, b) for b in (8, 32) for t in (0.9, 0.6)]
 
 
+@pytest.mark.parametrize("kept", [{"seconds": 90.0}, {}])
+def test_what_is_finished_takes_the_seconds_that_it_took(tmp_path, kept):
+    """An evaluation of an older version has no note of them."""
+    config = load_config(CONFIGS / "posttrain.py")
+    with config.unlocked():
+        config.workdir = str(tmp_path)
+    arm = posttrain.Arm("sft", "sft", "base", {})
+    cfg = posttrain.arm_config(config, arm, 0, tmp_path, tmp_path)
+    settings = posttrain.settings(config.decoding, 32)
+    outcomes = [{"threshold": s.threshold, "block_size": s.block_size} for s in settings]
+    asked = {"families": config.families.to_dict(), "tasks": config.tasks.to_dict()}
+    path = Path(cfg.workdir) / "evaluation.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"asked": asked, "outcomes": outcomes} | kept))
+    found = posttrain._decoded(config, arm, cfg, tmp_path, [], time.perf_counter())
+    assert found == {"outcomes": outcomes, "seconds": kept.get("seconds")}
+
+
 # ------------------------------------------------------------------------------------- report
+
+
+def test_a_report_counts_the_time_of_all_calls_where_it_is_known():
+    arms = {"sft": [{"seconds": 90.0}, {"seconds": 30.0}], "cap": [{"seconds": 60.0}]}
+    assert arm_seconds(arms) == 180.0
+    assert took(12.0, 180.0).startswith("3.0 minutes of training and decoding over all calls, 0.2 ")
+    arms["cap"][0]["seconds"] = None
+    assert arm_seconds(arms) is None
+    assert took(12.0, None).startswith("0.2 minutes in the call that wrote this (what was found")
 
 
 def outcome(threshold, correct, speed=2.0):
