@@ -11,12 +11,12 @@ import argparse
 import itertools
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from llada2_jax.config import DPOConfig, NoiseConfig, TrainConfig
 from llada2_jax.data.documents import documents
 from llada2_jax.data.packing import tokenize
+from llada2_jax.evals.likelihood import tokenizer_of
 from llada2_jax.hub import load_model
 from llada2_jax.reference import make_reference_step
 from llada2_jax.train_step import make_context
@@ -34,7 +34,7 @@ DRAWS = {
 
 def pairs_of(bundle, count: int) -> Batch:
     """A pair a row: both texts open with the same prompt."""
-    tokenizer = Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
+    tokenizer = tokenizer_of(bundle)
     tokenized = tokenize(
         documents("stdlib", "validation"), tokenizer, eos=bundle.special.eos, bos=None
     )

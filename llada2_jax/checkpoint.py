@@ -85,6 +85,15 @@ class ModelBundle:
             "parameters": checksums.json_checksum({k: int(v) for k, v in leaves.items()}),
         }
 
+    def tokenizer_json(self, where: str = "the checkpoint") -> str:
+        """The text of its tokenizer.json. where: how an error calls it.
+
+        Raises: CheckpointError if it has none.
+        """
+        if "tokenizer.json" not in self.tokenizer_files:
+            raise CheckpointError(f"{where} has no tokenizer.json: put one beside its config")
+        return self.tokenizer_files["tokenizer.json"]
+
     def model_item(self) -> dict[str, Any]:
         """The JSON of the item `model`."""
         config = dataclasses.asdict(self.config)

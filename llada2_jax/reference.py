@@ -43,22 +43,23 @@ def load_reference(cfg: TrainConfig, start: ModelBundle, mesh: Mesh | None = Non
         return start
     mask_id = cfg.reference.mask_id if cfg.reference.mask_id >= 0 else None
     found = load_bundle(path, mask_id=mask_id)
+    named = f"config.reference.checkpoint={path!r}"
+    origin = f"config.init.checkpoint={cfg.init.checkpoint!r}"
     for what, ours, its in (
         ("tokens", start.config.vocab_size, found.config.vocab_size),
         ("special tokens", start.special, found.special),
-        ("tokenizer's sha256", _tokenizer(start), _tokenizer(found)),
+        ("tokenizer's sha256", _tokenizer(start, origin), _tokenizer(found, named)),
     ):
         if ours != its:
             raise ConfigError(
-                f"config.reference.checkpoint={path!r} has another vocabulary than "
-                f"config.init.checkpoint={cfg.init.checkpoint!r}: its {what}: {its}, not {ours}; "
+                f"{named} has another vocabulary than {origin}: its {what}: {its}, not {ours}; "
                 "likelihoods compare only over the same ids"
             )
     return load_model(path, mask_id=mask_id, mesh=mesh, **dataclasses.asdict(cfg.runtime))
 
 
-def _tokenizer(bundle: ModelBundle) -> str:
-    return tokenizer_hash(bundle.tokenizer_files["tokenizer.json"])
+def _tokenizer(bundle: ModelBundle, where: str) -> str:
+    return tokenizer_hash(bundle.tokenizer_json(where))
 
 
 def place(params: Params, memory: str) -> Params:

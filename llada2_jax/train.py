@@ -172,7 +172,8 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     rows = cfg.data.rows_per_step // cfg.optimizer.accumulate
     try:
         if corpus is None:
-            tokenizer = Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
+            where = f"init.checkpoint={cfg.init.checkpoint!r}"
+            tokenizer = Tokenizer.from_str(bundle.tokenizer_json(where))
             corpus = load_corpus(cfg.data, tokenizer, bundle.special)
         _check_readable(cfg, corpus)
         validation = corpus.validation_batches(cfg.data, cfg.eval.rows, rows)

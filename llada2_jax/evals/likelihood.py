@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from tokenizers import Tokenizer
 
 from llada2_jax import progress
-from llada2_jax.checkpoint import CheckpointError, ModelBundle
+from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import NoiseConfig, TrainConfig
 from llada2_jax.data.documents import Document, stable_hash
 from llada2_jax.data.packing import tokenize
@@ -138,9 +138,7 @@ def _likelihood(draws: np.ndarray, sizes: np.ndarray, scored: np.ndarray) -> Lik
 
 def tokenizer_of(bundle: ModelBundle) -> Tokenizer:
     """The bundle's tokenizer. Raises: CheckpointError if it has none."""
-    if "tokenizer.json" not in bundle.tokenizer_files:
-        raise CheckpointError("the checkpoint has no tokenizer.json: put one beside its config")
-    return Tokenizer.from_str(bundle.tokenizer_files["tokenizer.json"])
+    return Tokenizer.from_str(bundle.tokenizer_json())
 
 
 def _rows(

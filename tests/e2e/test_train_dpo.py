@@ -15,7 +15,9 @@ from llada2_jax.config import ConfigError, default_config
 from llada2_jax.config_check import validate
 from llada2_jax.data.prepare import prepare
 from llada2_jax.data.prepared import read_manifest
+from llada2_jax.errors import UserError
 from llada2_jax.hub import load_bundle, load_model
+from llada2_jax.merge import merge_checkpoints
 from llada2_jax.metrics import read_metrics
 from llada2_jax.run_folder import read_starts
 from llada2_jax.starting_model import with_learning_rate
@@ -36,12 +38,19 @@ def pair(number: int, length: int = 3) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model, another one, one with another vocabulary, and prepared pairs."""
+    """A model, another one, some that do not go with it, and prepared pairs."""
     folder = tmp_path_factory.mktemp("dpo")
     bundle = ModelBundle(MODEL, random_params(MODEL, 0, 0.1), SPECIAL, files())
     save_model(folder / "start", bundle)
     other = dataclasses.replace(bundle, params=random_params(MODEL, 1, 0.1))
     save_model(folder / "other", other)
+    foreign = dataclasses.replace(SPECIAL, pad=3)
+    save_model(folder / "foreign", dataclasses.replace(bundle, special=foreign))
+    renamed = files() | {
+        "tokenizer.json": files()["tokenizer.json"].replace("role_end", "role_End")
+    }
+    save_model(folder / "renamed", dataclasses.replace(bundle, tokenizer_files=renamed))
+    save_model(folder / "mute", dataclasses.replace(bundle, tokenizer_files={}))
     wide = tiny(vocab_size=301, param_dtype="float32")
     wide = dataclasses.replace(bundle, config=wide, params=random_params(wide, 0))
     save_model(folder / "wide", wide)
@@ -137,6 +146,27 @@ def test_a_run_goes_on_where_it_was(folder, finished):
     assert_same_params(*ends)
 
 
+def test_another_model_is_the_reference_to_the_end(folder, finished):
+    """At first the rewards of two models against each other are opposites."""
+    shutil.copytree(folder / "start", folder / "reference")
+
+    def run(start: str, other: str) -> list[float]:
+        fields = {"init__checkpoint": folder / start, "reference__checkpoint": folder / other}
+        fields = {name: str(path) for name, path in fields.items()} | {"reference__memory": "host"}
+        cfg = make(folder, f"from {start}", **fields)
+        train.train(cfg)
+        return [line["reward_chosen"] for line in read_metrics(Path(cfg.workdir), "train")]
+
+    there, back = run("start", "other"), run("other", "reference")
+    assert len(there) == len(back) == STEPS
+    assert there[0] == pytest.approx(-back[0], rel=1e-3) and abs(there[0]) > 1e-3
+
+    shutil.rmtree(folder / "reference")
+    shutil.copytree(folder / "other", folder / "reference")
+    with pytest.raises(ConfigError, match="another model than config.reference.checkpoint now is"):
+        run("other", "reference")
+
+
 def test_cached_bounds_serve_as_well(folder, finished):
     cache = folder / "bounds.npz"
     train.train(make(folder, "cached", reference__cache=str(cache)))
@@ -168,7 +198,8 @@ def test_the_model_under_adapters_is_the_reference(folder):
 
 
 def test_the_learning_rate_goes_on(folder, finished):
-    """From a step of a run; the stable one is reached after the warmup."""
+    """From a step of a run; the stable one is reached after the warmup. From an average, that of
+    its last step."""
     fields = {
         "init__checkpoint": str(folder / "run/checkpoints/3"),
         "optimizer__learning_rate_from_start": True,
@@ -178,6 +209,14 @@ def test_the_learning_rate_goes_on(folder, finished):
     cfg = with_learning_rate(make(folder, "next", **fields))
     rate = load_bundle(folder / "run/checkpoints/3").provenance["learning_rate"]
     assert cfg.optimizer.learning_rate == rate == pytest.approx(RATE)
+    bundle = load_model(folder / "start")
+    for step, rate in ((9, 0.1), (10, 0.01), (8, 0.2)):
+        provenance = {"step": step, "learning_rate": rate}
+        save_model(folder / f"step {step}", dataclasses.replace(bundle, provenance=provenance))
+    merge_checkpoints([folder / f"step {step}" for step in (9, 10, 8)], folder / "average")
+    average = {"init__checkpoint": str(folder / "average")}
+    cfg = with_learning_rate(make(folder, "next", **fields | average))
+    assert cfg.optimizer.learning_rate == 0.01
     with pytest.raises(ConfigError, match="does not tell the learning rate .*: set learning_rate"):
         start = {"init__checkpoint": str(folder / "start")}
         with_learning_rate(make(folder, "next", **fields | start))
@@ -187,6 +226,22 @@ WRONG = {
     "vocabulary": (
         {"reference__checkpoint": "wide"},
         r"config\.reference\.checkpoint=.*wide' has another vocabulary than .* 301, not 300",
+    ),
+    "special tokens": (
+        {"reference__checkpoint": "foreign"},
+        r"foreign' has another vocabulary than .* its special tokens: .*pad=3.*, not .*pad=1",
+    ),
+    "tokenizer of equal size": (
+        {"reference__checkpoint": "renamed"},
+        r"renamed' has another vocabulary than .* its tokenizer's sha256: ",
+    ),
+    "reference without a tokenizer": (
+        {"reference__checkpoint": "mute"},
+        r"config\.reference\.checkpoint=.*mute' has no tokenizer\.json: put one beside",
+    ),
+    "start without a tokenizer": (
+        {"init__checkpoint": "mute"},
+        r"init\.checkpoint=.*mute' has no tokenizer\.json: put one beside",
     ),
     "longer than a row": (
         {"data__sources": ("long",)},
@@ -204,7 +259,7 @@ def test_errors_come_before_any_step(folder, name):
         else tuple(str(folder / v) for v in value)
         for key, value in fields.items()
     }
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         train.train(make(folder, f"wrong {name}", **placed))
     assert not list(folder.glob(f"wrong {name}/checkpoints/*"))
 
