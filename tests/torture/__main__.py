@@ -96,8 +96,7 @@ class Lineage:
             if plan and steps >= plan[0][0] and process.is_alive():
                 _, delay, what = plan.pop(0)
                 time.sleep(delay)
-                self.faults[what] += 1
-                self._inflict(what, process.pid)
+                self.faults[what] += self._inflict(what, process.pid)
                 allowed = ENDS.get(what, allowed)
             if time.monotonic() > give_up:
                 process.kill()
@@ -124,19 +123,22 @@ class Lineage:
 
     # ---- faults ----------------------------------------------------------------------------------
 
-    def _inflict(self, what: str, pid: int) -> None:
+    def _inflict(self, what: str, pid: int) -> bool:
+        """Whether there was still something to do it to."""
         with contextlib.suppress(ProcessLookupError):
             if what == "kill -9":
                 os.kill(pid, signal.SIGKILL)
             elif what == "disk full":
                 self._fill_disk(pid)
             elif what == "folder gone":
-                self._hide_folder()
+                return self._hide_folder()
             else:
                 os.kill(pid, signal.SIGTERM)
                 if what == "SIGTERM twice":
                     time.sleep(self.rng.uniform(0, 0.1))
                     os.kill(pid, signal.SIGTERM)
+            return True
+        return False
 
     def _fill_disk(self, pid: int) -> None:
         """No file of the process may grow: all of its writes fail (EFBIG)."""
@@ -145,18 +147,20 @@ class Lineage:
         time.sleep(self.rng.uniform(0.02, 0.4))
         resource.prlimit(pid, resource.RLIMIT_FSIZE, free)
 
-    def _hide_folder(self) -> None:
-        """As a mount that goes and comes back: what is written in between is under it."""
+    def _hide_folder(self) -> bool:
+        """As a mount that goes and comes back: what is written in between is under it. Whether
+        there was a folder yet."""
         away = self.workdir.with_name(f"{self.workdir.name}.away")
         try:
             self.workdir.rename(away)
         except FileNotFoundError:
-            return
+            return False
         time.sleep(self.rng.uniform(0.02, 0.4))
         while away.exists():
             shutil.rmtree(self.workdir, ignore_errors=True)
             with contextlib.suppress(OSError):
                 away.rename(self.workdir)
+        return True
 
     def _damage_newest(self) -> None:
         """Damages a random file of the newest checkpoint, if there is another one."""
