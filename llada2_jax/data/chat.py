@@ -24,7 +24,7 @@ import numpy as np
 from jinja2 import nodes
 from tokenizers import Tokenizer
 
-from llada2_jax.data.examples import BadRow, Example
+from llada2_jax.data.examples import BadRow, Example, short
 from llada2_jax.data.tokenizer import encode_text
 from llada2_jax.errors import UserError
 
@@ -226,11 +226,23 @@ def _unused_mark(*values: Any) -> str:
 
 def _strings(value: Any) -> str:
     """All texts inside a value, a line each."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
-    return "\n".join(map(_strings, value)) if isinstance(value, list | tuple) else ""
+    texts, values = [], [value]
+    for value in values:  # grows by what is found inside: no recursion, rows may nest deep
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, Mapping):
+            values += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            values += value
+    return "\n".join(texts)
+
+
+def _parse(text: str) -> Any:
+    """The value of a JSON text. Raises: ValueError, also for one that is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def template_of(tokenizer_files: Mapping[str, str], *, tools: bool = False) -> ChatTemplate:
@@ -240,8 +252,8 @@ def template_of(tokenizer_files: Mapping[str, str], *, tools: bool = False) -> C
     Raises: TemplateError.
     """
     try:
-        config = json.loads(tokenizer_files.get("tokenizer_config.json", "{}"))
-    except (ValueError, RecursionError) as error:
+        config = _parse(tokenizer_files.get("tokenizer_config.json", "{}"))
+    except ValueError as error:
         raise TemplateError(f"tokenizer_config.json is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise TemplateError("tokenizer_config.json is not a JSON object")
@@ -265,6 +277,7 @@ def template_of(tokenizer_files: Mapping[str, str], *, tools: bool = False) -> C
 
 # ------------------------------------------------------------------------------------ messages
 
+_LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -280,12 +293,12 @@ _SHAREGPT_ROLES = {
 def read_messages(value: Any, field: str = "messages") -> list[dict[str, Any]]:
     """Messages in OpenAI's form ({role, content, tool_calls}) from that one or ShareGPT's
     ({from, value}). Content given as parts of type "text" becomes one text; arguments of tool calls
-    given as JSON texts become objects.
+    given as JSON texts become objects, and so do ShareGPT's turns from "function_call".
 
     Raises: BadRow("wrong_type") or BadRow("empty").
     """
     if not isinstance(value, list | tuple):
-        raise BadRow("wrong_type", f"{field}={_short(value)} is no list of messages")
+        raise BadRow("wrong_type", f"{field}={short(value)} is no list of messages")
     if not value:
         raise BadRow("empty", f"{field} is an empty list")
     return [_message(m, f"{field}[{i}]") for i, m in enumerate(value)]
@@ -293,16 +306,13 @@ def read_messages(value: Any, field: str = "messages") -> list[dict[str, Any]]:
 
 def _message(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise BadRow("wrong_type", f"{where}={_short(value)} is no message")
+        raise BadRow("wrong_type", f"{where}={short(value)} is no message")
     # Tables fill absent fields with nulls.
     message = {k: v for k, v in value.items() if v is not None}
     if "from" in message and "role" not in message:
-        role = message.pop("from")
-        if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-            raise BadRow("wrong_type", f"{where}.from={_short(role)} is not a known speaker")
-        message = {"role": _SHAREGPT_ROLES[role], "content": message.pop("value", None), **message}
+        message = _from_sharegpt(message, where)
     if not isinstance(message.get("role"), str):
-        raise BadRow("wrong_type", f"{where}.role={_short(message.get('role'))} is no text")
+        raise BadRow("wrong_type", f"{where}.role={short(message.get('role'))} is no text")
     message["content"] = _content(message.get("content"), f"{where}.content")
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
@@ -310,6 +320,28 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     if silent and message["role"] in ("user", "assistant"):
         raise BadRow("empty", f"{where}: a {message['role']} message without text")
     return message
+
+
+def _from_sharegpt(message: dict[str, Any], where: str) -> dict[str, Any]:
+    speaker, value = message.pop("from"), message.pop("value", None)
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+        raise BadRow("wrong_type", f"{where}.from={short(speaker)} is not a known speaker")
+    said = {"role": _SHAREGPT_ROLES[speaker], "content": value}
+    if speaker == "function_call":
+        said = {"role": "assistant", "tool_calls": _function_calls(value, f"{where}.value")}
+    return {**said, **message}
+
+
+def _function_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """OpenAI's calls from ShareGPT's: {name, arguments} as a JSON text, or a list of such."""
+    try:
+        calls = _parse(value) if isinstance(value, str) else value
+    except ValueError:
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in calls):
+        raise BadRow("wrong_type", f"{where}={short(value)} is no JSON of a call with a name")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _content(value: Any, where: str) -> str:
@@ -322,43 +354,52 @@ def _content(value: Any, where: str) -> str:
         if len(parts) == len(value) and all(isinstance(p, str) for p in parts):
             return "".join(parts)
     if not isinstance(value, str):
-        raise BadRow("wrong_type", f"{where}={_short(value)} is no text")
+        raise BadRow("wrong_type", f"{where}={short(value)} is no text")
     return value
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
-        raise BadRow("wrong_type", f"{where}={_short(value)} is no list of calls")
-    return [_tool_call(call) for call in value]
+        raise BadRow("wrong_type", f"{where}={short(value)} is no list of calls")
+    return [
+        {**call, "function": _with_arguments(call["function"])}
+        if isinstance(call.get("function"), dict)
+        else _with_arguments(call)
+        for call in value
+    ]
 
 
-def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if isinstance(function, dict):
-        return {**call, "function": _tool_call(function)}
-    arguments = call.get("arguments")
+def _with_arguments(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
     if not isinstance(arguments, str):
-        return call
+        return function
     try:
-        return {**call, "arguments": json.loads(arguments)}
+        return {**function, "arguments": _parse(arguments)}
     except ValueError:
-        return call
+        return function
+
+
+def _refuse_unwritten_calls(messages: Sequence[Mapping[str, Any]], rendered: Rendered) -> None:
+    """Many templates write no calls: their turns would be learned without them."""
+    spoken = [m for m in messages if m["role"] == "assistant"]
+    for message, (start, end) in zip(spoken, rendered.turns, strict=True):
+        for call in message.get("tool_calls", ()):
+            function = call.get("function")
+            name = (function if isinstance(function, dict) else call).get("name")
+            if str(name) not in rendered.text[start:end]:
+                raise BadRow("template", f"the template does not write the call of {short(name)}")
 
 
 def message_weight(message: Mapping[str, Any], where: str) -> float:
-    """The loss weight of a message: its "weight" (a number from 0), or 1 / 0 for "train".
+    """The loss weight of a message, as fp32 has it: its "weight" (a number from 0), or 1 / 0 for
+    "train".
 
     Raises: BadRow("wrong_type").
     """
     weight = message.get("weight", message.get("train", 1))
-    if not isinstance(weight, bool | int | float) or not 0 <= weight < float("inf"):
-        raise BadRow("wrong_type", f"{where}: weight {_short(weight)} is no number from 0")
-    return float(weight)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if not isinstance(weight, bool | int | float) or not 0 <= weight <= _LARGEST_WEIGHT:
+        raise BadRow("wrong_type", f"{where}: weight {short(weight)} is no fp32 number from 0")
+    return float(np.float32(weight))
 
 
 # ------------------------------------------------------------------------------------- tokens
@@ -389,13 +430,20 @@ class ChatTokens:
         return self.tokenize(self.with_system(messages, row.get("system")), row.get("tools"))
 
     def with_system(self, messages: list[dict[str, Any]], system: Any = None):
-        """The messages, opened by the system prompt if they have none."""
-        system = system or self.system
-        if not isinstance(system, str):
-            raise BadRow("wrong_type", f"system={_short(system)} is no text")
-        if not system or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": system}, *messages]
+        """The messages, opened by the row's system prompt, else the configured one, if they have
+        none. Raises: BadRow("wrong_type"), or BadRow("two_systems") where row and messages differ.
+        """
+        if not isinstance(system or "", str):
+            raise BadRow("wrong_type", f"system={short(system)} is no text")
+        if messages[0]["role"] != "system":
+            system = system or self.system
+            return [{"role": "system", "content": system}, *messages] if system else messages
+        if system and system != messages[0]["content"]:
+            raise BadRow(
+                "two_systems",
+                f"system={short(system)}, and messages begin with {short(messages[0]['content'])}",
+            )
+        return messages
 
     def tokenize(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, first: int = 0
@@ -412,6 +460,7 @@ class ChatTokens:
             raise BadRow("no_assistant_turn", "no assistant message to learn from")
         template = self.tool_template if tools else self.template
         rendered = template.render_turns(messages, tools=tools)
+        _refuse_unwritten_calls(messages, rendered)
         pieces: list[tuple[str, float]] = []
         at = 0
         for (start, end), weight in zip(rendered.turns, weights, strict=True):
@@ -442,13 +491,13 @@ class ChatTokens:
     def _tools(tools: Any) -> list[dict[str, Any]] | None:
         if isinstance(tools, str) and tools:
             try:
-                tools = json.loads(tools)
+                tools = _parse(tools)
             except ValueError:
-                raise BadRow("wrong_type", f"tools={_short(tools)} is not JSON") from None
+                raise BadRow("wrong_type", f"tools={short(tools)} is not JSON") from None
         if not tools:
             return None
         if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
-            raise BadRow("wrong_type", f"tools={_short(tools)} is no list of functions")
+            raise BadRow("wrong_type", f"tools={short(tools)} is no list of functions")
         return tools
 
     def _refuse_special(self, messages, tools) -> None:

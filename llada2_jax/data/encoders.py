@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from llada2_jax.data.chat import LLADA2_TEMPLATE, ChatTemplate, ChatTokens, template_of
-from llada2_jax.data.examples import BadRow, Encoder, Example
+from llada2_jax.data.examples import BadRow, Encoder, Example, short
 from llada2_jax.data.preferences import PreferencePairs
 from llada2_jax.data.tokenizer import encode_text, vocab_size
 from llada2_jax.types import SpecialTokens
@@ -107,7 +107,7 @@ class TextRows:
     def _encode(self, row: dict[str, Any], field: str) -> list[int]:
         text = row.get(field)
         if not isinstance(text, str):
-            raise BadRow("wrong_type", f"{field}={_short(text)} is no text")
+            raise BadRow("wrong_type", f"{field}={short(text)} is no text")
         if not text.strip():
             raise BadRow("empty", f"{field} is empty")
         if self._mask and self._mask in text:
@@ -152,7 +152,8 @@ class TokenRows:
     def _weights(self, row: dict[str, Any], ids: np.ndarray) -> np.ndarray:
         if row.get("loss_mask") is None:
             return (ids != self._bos).astype(np.float32)
-        weights = _numbers(row["loss_mask"], "loss_mask").astype(np.float32)
+        with np.errstate(over="ignore"):  # to infinity, which is refused below
+            weights = _numbers(row["loss_mask"], "loss_mask").astype(np.float32)
         if weights.shape != ids.shape or not np.isfinite(weights).all() or (weights < 0).any():
             raise BadRow("wrong_type", f"loss_mask is not {len(ids)} numbers from 0")
         if not weights.any():
@@ -165,7 +166,7 @@ def _numbers(value: Any, field: str) -> np.ndarray:
         isinstance(v, int | float) and not (isinstance(v, int) and abs(v) >= 2**63) for v in value
     )
     if not numeric:
-        raise BadRow("wrong_type", f"{field}={_short(value)} is no list of numbers")
+        raise BadRow("wrong_type", f"{field}={short(value)} is no list of numbers")
     return np.asarray(value) if value else np.zeros(0, np.int64)
 
 
@@ -184,8 +185,3 @@ class WithinRow:
                 f"the prompt has {example.first_supervised} tokens, a row {self.row_length}",
             )
         return example
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

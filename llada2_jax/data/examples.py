@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ BAD_ROW_KINDS = {
     "wrong_type": "a field is missing or of another type than the content asks for",
     "empty": "there is no text",
     "no_assistant_turn": "no message is from the assistant, or none has a weight",
+    "two_systems": "the row's system prompt is not the one that opens its messages",
     "template": "the chat template refuses the messages, or cannot say where turns begin",
     "prompt_fills_row": "no supervised token lies within a row",
     "id_out_of_range": "a token id is negative or beyond the vocabulary",
@@ -33,6 +35,16 @@ class BadRow(ValueError):
             raise KeyError(f"{kind!r} is not a kind of bad row: {', '.join(BAD_ROW_KINDS)}")
         super().__init__(message)
         self.kind = kind
+
+
+# Values of rows are of any size, and nested deeper than repr goes.
+_short = reprlib.Repr(maxlevel=2, maxstring=60, maxlong=60)
+
+
+def short(value: Any) -> str:
+    """The value in a message: its beginning, 60 characters at most."""
+    text = _short.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclasses.dataclass(frozen=True)

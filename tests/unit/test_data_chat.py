@@ -221,6 +221,9 @@ def test_messages_in_the_usual_forms():
         ([said("user", "q"), said("assistant", "a", weight=-1)], "wrong_type"),
         ([said("user", "q"), said("assistant", "a", weight="1")], "wrong_type"),
         ([said("user", "q"), said("assistant", "a", weight=float("inf"))], "wrong_type"),
+        ([said("user", "q"), said("assistant", "a", weight=1e300)], "wrong_type"),
+        ([said("user", "q"), said("assistant", "a", weight=10**400)], "wrong_type"),
+        ([said("user", "q"), said("assistant", "a", weight=1e-60)], "no_assistant_turn"),
         ([said("user", "<|mask|>"), said("assistant", "a")], "mask_token"),
         ([said("user", "q"), said("assistant", "<|role_end|>")], "special_token"),
         ([said("user", "q\ud800"), said("assistant", "a")], "not_utf8"),
@@ -301,11 +304,45 @@ def test_system_prompts_by_row_option_or_message():
         for m, row in (
             (TWO_TURNS, {}),
             (TWO_TURNS, {"system": "row"}),
-            ([said("system", "message"), *TWO_TURNS], {"system": "row"}),
+            ([said("system", "message"), *TWO_TURNS], {}),
+            ([said("system", "message"), *TWO_TURNS], {"system": "message"}),
         )
     ]
-    for text, system in zip(texts, ("option", "row", "message"), strict=True):
+    for text, system in zip(texts, ("option", "row", "message", "message"), strict=True):
         assert text.startswith(f"<role>SYSTEM</role>{system}\ndetailed")
+        assert text.count(system) == 1
+    with pytest.raises(BadRow, match="system='row', and messages begin with 'message'") as bad:
+        encoder()({"messages": [said("system", "message"), *TWO_TURNS], "system": "row"})
+    assert bad.value.kind == "two_systems"
+
+
+def test_calls_of_sharegpt_are_learned_as_the_template_writes_calls():
+    call = {"name": "add", "arguments": {"a": 1}}
+    written = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    for value, calls in (
+        (json.dumps(call, indent=1), 1),
+        (json.dumps(call | {"arguments": '{"a": 1}'}), 1),
+        (json.dumps([call, call]), 2),
+    ):
+        turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
+        example = encoder()({"conversations": [*turns, {"from": "observation", "value": "2"}]})
+        assert learned(example) == [(written * calls + "<|role_end|>", 1.0)]
+
+
+def test_a_template_that_writes_no_calls_is_refused_for_them():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    conversation = [said("user", "q"), said("assistant", "a", tool_calls=[call])]
+    with pytest.raises(BadRow, match="does not write the call of 'add'") as bad:
+        encoder(template=CHATML)({"messages": conversation})
+    assert bad.value.kind == "template"
+
+
+@pytest.mark.parametrize("value", ["add(1)", '"add"', "[]", "[3]", '{"arguments": {}}', "3", None])
+def test_calls_of_sharegpt_that_are_none_are_bad_rows(value):
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
+    with pytest.raises(BadRow, match="is no JSON of a call with a name") as bad:
+        encoder()({"conversations": turns})
+    assert bad.value.kind == "wrong_type"
 
 
 def test_tokens_do_not_reach_across_the_bounds_of_a_turn():

@@ -110,6 +110,27 @@ ENCODERS = {
     "chat": make_encoder(EncodeOptions("chat", template="llada2"), files(), SPECIAL),
     "preference": make_encoder(EncodeOptions("preference", template="llada2"), files(), SPECIAL),
 }
+
+
+def nested(depth: int) -> str:
+    """A JSON text that goes deep: 700 levels can be read, 200,000 cannot."""
+    return "[" * depth + "]" * depth
+
+
+hostile = (
+    json_values
+    | json_values.map(json.dumps)
+    | st.sampled_from([700, 200_000]).map(nested)
+    | st.integers(1, 900).map(lambda depth: json.loads(nested(depth)))
+    | st.integers(39, 4000).map(lambda digits: 10**digits)
+    | st.floats(1e38)
+)
+call = st.fixed_dictionaries({}, optional={"name": st.just("f"), "arguments": hostile}) | hostile
+more_of_an_answer = {
+    "weight": st.floats() | hostile,
+    "tool_calls": st.lists(call | st.builds(dict, function=call), max_size=3) | hostile,
+    "extra": hostile,
+}
 traps = st.sampled_from(["<|mask|>", "<|role_end|>", "\ud800", "\x00", "{{ 1 }}", "\ue000"])
 text = st.text(max_size=12) | traps
 message = st.fixed_dictionaries(
@@ -117,36 +138,52 @@ message = st.fixed_dictionaries(
     optional={
         "role": st.sampled_from(["user", "assistant", "system", "tool"]) | json_values,
         "content": text | json_values,
-        "from": st.sampled_from(["human", "gpt"]) | json_values,
-        "value": text | json_values,
-        "weight": st.floats() | json_values,
-        "tool_calls": json_values,
+        "from": st.sampled_from(["human", "gpt", "function_call"]) | json_values,
+        "value": text | call.map(json.dumps) | hostile,
+        **more_of_an_answer,
     },
 )
-messages = st.lists(message, max_size=5) | json_values
+messages = st.lists(message, max_size=5) | hostile
 row = st.fixed_dictionaries(
     {},
     optional={
         "text": text | json_values,
         "tokens": st.lists(st.integers(-2, 310), max_size=6) | json_values,
-        "loss_mask": st.lists(st.floats(0, 1), max_size=6) | json_values,
+        "loss_mask": st.lists(st.floats(0), max_size=6) | json_values,
         "messages": messages,
         "conversations": messages,
         "prompt": text | messages,
         "chosen": text | messages,
         "rejected": text | messages,
-        "system": text | json_values,
-        "tools": json_values,
+        "system": text | hostile,
+        "tools": hostile,
     },
 )
 
 
+def answered(*, tools=None, **fields):
+    """A conversation whose answer has more fields."""
+    answer = {"role": "assistant", "content": "a", **fields}
+    return json.dumps({"messages": [{"role": "user", "content": "q"}, answer], "tools": tools})
+
+
+# As JSON: hypothesis cannot print what nests deep.
+answers = st.fixed_dictionaries({}, optional=more_of_an_answer).map(lambda more: answered(**more))
+
+
 @pytest.mark.parametrize("content", ENCODERS)
-@given(row)
+@given(row.map(json.dumps) | answers)
 @fuzz
-def test_any_row_is_an_example_or_a_bad_row(content, value):
+@example(answered(extra=json.loads(nested(700))))
+@example(answered(tools="[" * 200_000))
+@example(answered(tool_calls=[{"name": "f", "arguments": "[" * 200_000}]))
+@example(answered(tool_calls=[json.loads('{"function":' * 700 + "{}" + "}" * 700)]))
+@example(answered(weight=10**400))
+@example(answered(weight=1e300))
+@example('{"tokens": [5], "loss_mask": [1e300]}')
+def test_any_row_is_an_example_or_a_bad_row(content, line):
     try:
-        result = ENCODERS[content](value)
+        result = ENCODERS[content](json.loads(line))
     except BadRow:
         return
     size = len(result.tokens)
