@@ -30,7 +30,7 @@ from llada2_jax.folders import is_checkpoint, is_hf_folder, is_run
 from llada2_jax.hub import load_bundle
 from llada2_jax.hub.config import special_tokens
 from llada2_jax.hub.huggingface import read_tokenizer_files
-from llada2_jax.inputs import positive
+from llada2_jax.inputs import natural, positive
 from llada2_jax.types import SpecialTokens
 
 _EXAMPLES = f"""\
@@ -279,7 +279,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         default="skip",
         help="what becomes of documents beyond a row under best_fit (skip)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of rows (0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the order of rows (0)")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -307,7 +307,7 @@ def _corpus(args: argparse.Namespace) -> tuple[Corpus, DataConfig, Tokenizer]:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_inspect)
     _add_rows(parser)
-    parser.add_argument("--row", type=int, default=0, metavar="N", help="the first one shown")
+    parser.add_argument("--row", type=natural, default=0, metavar="N", help="the first one shown")
     parser.add_argument("--rows", type=positive, default=1, metavar="N", help="how many")
     parser.add_argument("--block-size", type=positive, default=32, metavar="N", help="shown (32)")
     parser.add_argument("--html", metavar="FILE", help="write a page instead")
@@ -354,6 +354,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if not args.seconds > 0:
+        raise UsageError(f"--seconds {args.seconds}: must be above 0")
     corpus, cfg, _ = _corpus(args)
     print(_report(corpus, cfg))
     result = measure(

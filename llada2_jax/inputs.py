@@ -20,9 +20,18 @@ class InputError(UserError, ValueError):
 
 def positive(text: str) -> int:
     """A number of at least 1, as an argparse type."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """A number of at least 0, as an argparse type."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least {least}")
     return value
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 # Why a row cannot be used. The manifest counts rows by these names.
 BAD_ROW_KINDS = {
-    "not_json": "the line is not a JSON object",
+    "not_json": "the line is not a JSON object; a row is one line",
     "not_utf8": "the text is not valid Unicode",
     "wrong_type": "a field is missing or of another type than the content asks for",
     "empty": "there is no text",

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -83,7 +84,8 @@ class Job:
     retry_seconds: float = 60.0
 
     def __post_init__(self):
-        for name, most in (("max_bad_fraction", 1), ("validation_percent", 100)):
+        bounds = {"max_bad_fraction": 1, "validation_percent": 100, "retry_seconds": math.inf}
+        for name, most in bounds.items():
             value = getattr(self, name)
             if not 0 <= value <= most:  # nan is not, either
                 raise UsageError(f"{name}={value}: choose a number from 0 to {most}")

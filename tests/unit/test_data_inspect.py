@@ -131,6 +131,10 @@ def test_mistakes_are_told_without_a_traceback(tmp_path, chats, capsys):
         (2, ["bench", str(chats), "--row-length", "-8"], "-8: must be at least 1"),
         (2, ["inspect", str(chats), "--block-size", "0"], "0: must be at least 1"),
         (2, ["inspect", str(chats), "--rows", "0"], "0: must be at least 1"),
+        (2, ["inspect", str(chats), "--row", "-1"], "-1: must be at least 0"),
+        (2, ["bench", str(chats), "--seed", "-1"], "-1: must be at least 0"),
+        (2, ["bench", str(chats), "--seconds", "nan"], "--seconds nan: must be above 0"),
+        (2, [*preparing, str(TINY_AR), "--retry-seconds", "nan"], "retry_seconds=nan"),
         (2, ["bench", str(chats), "--weights", "x"], "--weights: invalid"),
         (2, ["bench", str(chats), "--weights", "1,2"], "one positive number for each"),
     ):

@@ -239,7 +239,7 @@ def test_nothing_is_left_out_without_a_word(tmp_path, caplog):
 def test_json_that_is_no_lines_is_bad_rows(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in texts(9)], indent=1))
     with pytest.raises(
-        PrepareError, match=r"not_json \(the line is not a JSON object\)[^$]*json:1:"
+        PrepareError, match=r"not_json \(.*JSON object; a row is one line\)[^$]*json:1:"
     ):
         prepare(job(tmp_path / "a.json"), tmp_path / "out", processes=1)
 
@@ -456,6 +456,14 @@ def test_storage_that_fails_for_a_while_changes_nothing(kind, tmp_path, monkeypa
     assert prepare(patient, tmp_path / "out", processes=1) == whole and not faults
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert caplog.text.count("trying again") == 4
+
+
+def test_errors_of_buckets_are_storage_that_may_come_back_or_a_source_that_will_not():
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs (extra 'gcs') is not installed")
+    for code, kind in ((503, OSError), (429, OSError), (400, SourceError)):
+        said = pytest.raises(kind, match=f"gs://b/x cannot be read: why, {code}")
+        with said, sources._bucket_errors("gs://b/x"):
+            raise gcsfs.retry.HttpError({"code": code, "message": "why"})
 
 
 @pytest.mark.parametrize("kind", ["parquet", "array_record", "huggingface", "jsonl.gz"])
