@@ -61,6 +61,7 @@ from pallas_kernels.aot import topology_devices
 Sizes = dict[str, int]
 
 MESHES: dict[tuple[str, str], Sizes] = {
+    ("mini", "v5litepod-8"): {"expert": 4, "context": 2},
     ("mini", "v5litepod-16"): {"fsdp": 4, "expert": 4},
     ("mini", "v6e-8"): {"fsdp": 2, "expert": 4},
     ("mini", "v5p-8"): {"fsdp": 1, "expert": 4},
