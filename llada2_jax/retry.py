@@ -53,7 +53,7 @@ def with_retries[T](
         except Exception as error:
             if not passes(error):
                 raise
-            end = end or time.monotonic() + seconds
+            end = time.monotonic() + seconds if end is None else end
             if time.monotonic() + delay > end:
                 raise StorageError(f"{what} failed{again}: {describe(error)}") from error
             logging.getLogger(__name__).warning(
