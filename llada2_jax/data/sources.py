@@ -169,7 +169,8 @@ def read(spec: SourceSpec, unit: Unit) -> Iterator[Row]:
 
 def place(spec: SourceSpec, unit: Unit, row: int) -> str:
     """Where row number `row` of a unit stands, for people: file and line, or record."""
-    return FORMATS[spec.format].place(unit, row)
+    with _bucket_errors(unit.path):
+        return FORMATS[spec.format].place(unit, row)
 
 
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, _Damaged)
