@@ -1,6 +1,7 @@
 """Conversations to SFT to CAP to text, through the commands and the shipped configs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ import pytest
 from llada2_jax import cli
 from llada2_jax import train as training
 from llada2_jax.checkpoint import ModelBundle, save_model
+from llada2_jax.hub import load_model
 from llada2_jax.metrics import read_metrics
 from llada2_jax.model import init_params
+from llada2_jax.run_folder import read_starts
+from llada2_jax.types import ADAPTED_MODULES
 from tests.data_helpers import SPECIAL, files, texts, write_jsonl
+from tests.helpers import assert_same_params
 from tests.helpers import config as tiny
 
 # ml_collections loads config files in a way that Python 3.12 deprecates.
@@ -107,6 +112,11 @@ def test_conversations_to_sft_to_cap_to_text(folder, monkeypatch, capsys):
     steps = [line for line in lines if line["kind"] == "train"]
     assert all(line["confidence_loss"] >= 0 for line in steps)
     assert {line.get("measured") for line in lines} == {None, "cap:bdlm-8"}
+    shutil.copytree(folder / "cap", folder / "cap again")
+    shutil.rmtree(folder / "cap again" / "checkpoints" / str(STEPS))
+    assert train(folder, "cap", "cap again", "sft/merged", cap__weight=0.5, **options) == lines
+    assert [start["step"] for start in read_starts(folder / "cap again")] == [0, STEPS - 2]
+
     run("merge", folder / "cap", "--top-k", 2, "--out", folder / "cap" / "merged")
     capsys.readouterr()
     run(
@@ -115,6 +125,21 @@ def test_conversations_to_sft_to_cap_to_text(folder, monkeypatch, capsys):
     )
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["tokens"]) <= 8 and answer["edits"] >= 0
+
+
+def test_adapters_trained_by_cap_are_exported_merged(folder):
+    options = {"lora__rank": 2, "lora__modules": repr(ADAPTED_MODULES), "cap__weight": 0.5}
+    lines = train(folder, "cap", "adapters", "model", **options)
+    assert all(np.isfinite(m["confidence_loss"]) for m in lines if m["kind"] == "train")
+    step = folder / "adapters" / "checkpoints" / str(STEPS)
+    run("convert", step, folder / "exported", "--to", "hf")
+    exported, merged, base = (
+        load_model(path, param_dtype="float32").params
+        for path in (folder / "exported", step, folder / "model")
+    )
+    assert_same_params(exported, merged)
+    qkv = (params["moe_layers"]["attention"]["qkv"][...] for params in (merged, base))
+    assert (next(qkv) != next(qkv)).any()
 
 
 @pytest.mark.parametrize(
