@@ -252,7 +252,8 @@ def took(seconds: float, all_calls: float | None) -> str:
     last = f"{seconds / 60:.1f} minutes in the call that wrote this"
     if all_calls is None:
         return f"{last} (what was found finished is not run again)"
-    return f"{all_calls / 60:.1f} minutes of training and decoding over all calls, {last}"
+    whole = f"{all_calls / 60:.1f} minutes of training and decoding over all calls"
+    return f"{whole} (what was lost where one was stopped aside), {last}"
 
 
 def _comparison(name: str, arms: Mapping[str, list[Point]], trained) -> list[str]:
