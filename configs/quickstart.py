@@ -40,7 +40,7 @@ def get_config():
 
     config = ml_collections.ConfigDict()
     config.workdir = "runs/quickstart"
-    config.train_parent = False  # True: train the parent first and replace the shipped one
+    config.train_parent = False  # True: train the parent first, and convert that
     config.parent = load_config(HERE / "tiny_ar.py")
     config.ar = ar
     config.conversion = conversion

@@ -2,9 +2,10 @@
 
     llada2 quickstart --config=configs/quickstart_long.py
 
-Trains the parent from scratch first (and replaces the shipped one), then converts it with
-nine times the quickstart's tokens. Hours on two CPU cores; stop and start it as you like, every
-stage resumes. The committed report is docs/quickstart-long/report.md.
+Trains the parent from scratch first, then converts it with nine times the quickstart's tokens. The
+parent that ships, llada2_jax/assets/tiny_ar, is a copy of its runs/quickstart-long/tiny_ar. Hours
+on two CPU cores; stop and start it as you like, every stage resumes. The committed report is
+docs/quickstart-long/report.md.
 """
 
 from pathlib import Path

@@ -17,7 +17,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from llada2_jax import progress, quickstart_report
-from llada2_jax.assets import TINY_AR
 from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, TrainConfig
 from llada2_jax.config_check import from_dict, validate
@@ -77,6 +76,9 @@ def run(config: Any) -> Path:
     """
     started = time.perf_counter()
     work = Path(config.workdir)
+    if config.train_parent:
+        config = config.copy_and_resolve_references()
+        config.ar.init.checkpoint = config.conversion.init.checkpoint = str(work / "tiny_ar")
     ar_cfg, conversion_cfg, report = read_config(config)
     results: dict[str, Any] = {"config": _plain(config)}
     if config.train_parent:
@@ -94,8 +96,7 @@ def run(config: Any) -> Path:
     say("merge of the best checkpoints of the last phase")
     best, merged = _merge(work, config.merge_top_k, results)
     say("bits per byte")
-    target = conversion_cfg.phases[-1].block_size
-    _measure_likelihood(results, report, corpus, rows, target, ar, best, merged)
+    _measure_likelihood(results, report, corpus, rows, conversion_cfg, ar, best, merged)
     say("completions of held-out functions")
     _measure_generation(results, report, conversion_cfg, merged)
     say("speed")
@@ -194,7 +195,7 @@ def _placed(config: ml_collections.ConfigDict, workdir: Path) -> TrainConfig:
 
 
 def _train_parent(config, work: Path) -> None:
-    """Stage 1 of the long run: tokenizer, parent, and the checkpoint that ships."""
+    """Stage 1 of the long run: tokenizer, parent, and a checkpoint such as the one that ships."""
     say("tokenizer and autoregressive parent, from scratch")
     folder = work / "tokenizer"
     if not folder.exists():
@@ -211,7 +212,8 @@ def _train_parent(config, work: Path) -> None:
     last = work / "parent" / "checkpoints" / str(cfg.total_steps)
     if not is_checkpoint(last):
         train(cfg)
-    convert(last, TINY_AR, Options(to="hf", dtype="bfloat16", overwrite=True))
+    out = Path(config.conversion.init.checkpoint)
+    convert(last, out, Options(to="hf", dtype="bfloat16", overwrite=True))
 
 
 def _corpus(config) -> Corpus:
@@ -249,12 +251,17 @@ def _merge(work: Path, top_k: int, results: dict) -> tuple[ModelBundle, ModelBun
 
 
 def _measure_likelihood(
-    results, report: ReportConfig, corpus: Corpus, batches, target: int, ar, best, merged
+    results,
+    report: ReportConfig,
+    corpus: Corpus,
+    batches: list[Batch],
+    conversion: TrainConfig,
+    ar: ModelBundle,
+    best: ModelBundle,
+    merged: ModelBundle,
 ) -> None:
-    """Bits per byte on the same validation bytes: AR, and the diffusion models by block size.
-
-    target: the block size that the conversion ends at, and decodes with.
-    """
+    """Bits per byte on the same validation bytes: AR, and the diffusion models by block size."""
+    target = conversion.phases[-1].block_size  # that it decodes with
     steps: dict[str, Callable] = {}
 
     def score(bundle: ModelBundle, objective: str, block_size: int) -> RowScores:
@@ -264,7 +271,7 @@ def _measure_likelihood(
         step = steps.setdefault(objective, make_eval_step(bundle.config, objective))
         return score_rows(step, bundle.params, batches, contexts, corpus.token_bytes)
 
-    parent = load_model(TINY_AR, dtype=best.config.dtype, param_dtype="float32")
+    parent = load_model(conversion.init.checkpoint, dtype=best.config.dtype, param_dtype="float32")
     sizes = report.block_sizes
     jobs = [
         ("AR parent", parent, "ar", 1),

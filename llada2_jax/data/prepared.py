@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,11 @@ from tokenizers import Tokenizer
 
 from llada2_jax.data.examples import decode_record
 from llada2_jax.data.prepare import FORMAT_VERSION, INDEX, MANIFEST, PLAN, SPLITS, TOKENIZER
-from llada2_jax.data.sources import SourceSpec, Unit, place
+from llada2_jax.data.sources import SourceSpec, Unit, place, system_call_failed
 from llada2_jax.errors import UserError
 from llada2_jax.retry import storage_failed, with_retries
 
 # ArrayRecord has one exception for damage and for a system call that failed, which its text names.
-_SYSTEM_CALL = re.compile(r"\b\w+\(\) failed")
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _AGAIN = "prepare it again (--overwrite)"
 
@@ -204,7 +202,7 @@ class PreparedDocuments:
         except PreparedError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:
-            if _SYSTEM_CALL.search(str(error)):
+            if system_call_failed(error):
                 self.__dict__.pop("_source", None)  # a reader that could not open stays that way
                 raise OSError(str(error)) from error
             raise PreparedError(

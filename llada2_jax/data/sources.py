@@ -526,7 +526,8 @@ class _ArrayRecord:
         try:
             return module.ArrayRecordReader(path)
         except (RuntimeError, ValueError) as error:
-            _raise_system_error(error)
+            if system_call_failed(error):
+                raise OSError(str(error)) from error
             raise SourceError(f"{path} is no ArrayRecord file: {error}") from error
 
     def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
@@ -535,7 +536,8 @@ class _ArrayRecord:
             try:
                 records = reader.read(unit.start + start, unit.start + stop)
             except (RuntimeError, ValueError, IndexError) as error:
-                _raise_system_error(error)
+                if system_call_failed(error):
+                    raise OSError(str(error)) from error
                 raise _Damaged(str(error)) from error
             for record in records:
                 yield parse_json(record) if spec.records == "json" else _text_row(record)
@@ -544,13 +546,9 @@ class _ArrayRecord:
         return f"{unit.path}: record {unit.start + row}"
 
 
-# ArrayRecord has one exception for damage and for a system call that failed, which its text names.
-_SYSTEM_CALL = re.compile(r"\b\w+\(\) failed")
-
-
-def _raise_system_error(error: Exception) -> None:
-    if _SYSTEM_CALL.search(str(error)):
-        raise OSError(str(error)) from error
+def system_call_failed(error: Exception) -> bool:
+    """Whether ArrayRecord's error, which is also that of damage, is one of the system."""
+    return re.search(r"\b\w+\(\) failed", str(error)) is not None
 
 
 def _text_row(record: bytes) -> Row:
