@@ -27,6 +27,7 @@ from llada2_jax.adapters import check_modules, split_trained
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.config import ConfigError, MeshConfig, Phase, TrainConfig
 from llada2_jax.config_check import configured_model, validate
+from llada2_jax.config_flags import parse_flags
 from llada2_jax.costs import (
     ASSUMPTIONS,
     BOTH_HALVES,
@@ -53,7 +54,6 @@ from llada2_jax.sharding import (
     mesh_sizes,
     placements,
 )
-from llada2_jax.train import parse_flags
 from llada2_jax.train_step import abstract_state, make_context, make_train_step
 from llada2_jax.types import Batch, ModelConfig
 from pallas_kernels.aot import topology_devices

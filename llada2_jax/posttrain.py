@@ -19,6 +19,7 @@ from llada2_jax import posttrain_report
 from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, TrainConfig
 from llada2_jax.config_check import validate
+from llada2_jax.config_flags import parse_flags
 from llada2_jax.data.chat import LLADA2_TEMPLATE, ChatTemplate
 from llada2_jax.data.encoders import EncodeOptions
 from llada2_jax.data.prepare import Job, prepare
@@ -30,7 +31,7 @@ from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.metrics import read_metrics
 from llada2_jax.progress import bar
 from llada2_jax.sampler import tokens_per_forward
-from llada2_jax.train import parse_flags, train
+from llada2_jax.train import train
 
 BASE = "base"
 TEMPLATE = ChatTemplate(LLADA2_TEMPLATE)

@@ -20,6 +20,7 @@ from llada2_jax import progress, quickstart_report
 from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, TrainConfig
 from llada2_jax.config_check import from_dict, validate
+from llada2_jax.config_flags import parse_flags
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.documents import Document, documents
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
@@ -33,7 +34,7 @@ from llada2_jax.merge import merge_checkpoints, select_best
 from llada2_jax.metrics import read_metrics
 from llada2_jax.plan import planned_model
 from llada2_jax.sampler import compile_count, tokens_per_forward
-from llada2_jax.train import parse_flags, saves_after, train
+from llada2_jax.train import saves_after, train
 from llada2_jax.train_step import RowScores, make_eval_step, score_rows
 from llada2_jax.types import Batch
 

@@ -17,11 +17,11 @@ from llada2_jax import checkpoint
 from llada2_jax.checkpoint import ArraySpec, CheckpointError, ModelBundle, ParamReader
 from llada2_jax.config import ConfigError, TrainConfig, default_config, model_dict
 from llada2_jax.config_check import validate
+from llada2_jax.config_flags import parse_flags
 from llada2_jax.errors import UserError
 from llada2_jax.hub.config import config_from_hf, config_to_hf, special_tokens
 from llada2_jax.hub.safetensors_files import INDEX, TensorFolder, TensorFolderWriter
 from llada2_jax.merge import select_best
-from llada2_jax.train import parse_flags
 from llada2_jax.train_checkpoints import Retention
 from llada2_jax.types import SpecialTokens
 from tests.fuzzing import fuzz, json_values, scalars
