@@ -27,6 +27,7 @@ from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.engine import Completion, Engine, tokens_per_second
 from llada2_jax.errors import EXIT_STATUS, UsageError
 from llada2_jax.evals.likelihood import left_to_right_nll, tokenizer_of, validation_contexts
+from llada2_jax.evals.validation import RowScores, score_rows
 from llada2_jax.folders import is_checkpoint
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.hub.streaming import Options, convert
@@ -35,7 +36,7 @@ from llada2_jax.metrics import read_metrics
 from llada2_jax.plan import planned_model
 from llada2_jax.sampler import compile_count, tokens_per_forward
 from llada2_jax.train import saves_after, train
-from llada2_jax.train_step import RowScores, make_eval_step, score_rows
+from llada2_jax.train_step import make_eval_step
 from llada2_jax.types import Batch
 
 

@@ -30,6 +30,7 @@ from llada2_jax.data.loader import batches
 from llada2_jax.distributed import joined
 from llada2_jax.errors import EXIT_STATUS, UserError
 from llada2_jax.evals.likelihood import preference_context, validation_contexts
+from llada2_jax.evals.validation import score_pairs, score_rows
 from llada2_jax.metrics import MetricLogger, read_metrics
 from llada2_jax.objectives import Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
@@ -63,8 +64,6 @@ from llada2_jax.train_step import (
     make_grad_norms_by_rate,
     make_train_step,
     roll_back,
-    score_pairs,
-    score_rows,
 )
 from llada2_jax.types import Batch, ModelConfig, Params
 from pallas_kernels.block_layout import block_index, both_halves, zigzag_imbalance
