@@ -445,7 +445,7 @@ def _wait(future: Any, folder: Path, path: str) -> Any:
 # ---- whole checkpoints ---------------------------------------------------------------------------
 
 
-def load_bundle(path: str | os.PathLike[str]) -> ModelBundle:
+def read_bundle(path: str | os.PathLike[str]) -> ModelBundle:
     """All of a checkpoint of ours but its parameters. Raises: CheckpointError for a damaged item,
     where the checkpoint has checksums."""
     path = require_checkpoint(Path(path))

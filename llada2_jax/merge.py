@@ -204,7 +204,7 @@ def merge_checkpoints(
     weights = [1.0] * len(paths) if weights is None else list(weights)
     _check_weights(weights, len(paths))
     weights = [weight / max(weights) for weight in weights]  # within the range of float32
-    bundles = [checkpoint.load_bundle(path) for path in paths]
+    bundles = [checkpoint.read_bundle(path) for path in paths]
     cache = checkpoint.CACHE_BYTES // len(paths)
     readers = [_reader(path, bundle, cache) for path, bundle in zip(paths, bundles, strict=True)]
     bundles = [merged_description(bundle) for bundle in bundles]

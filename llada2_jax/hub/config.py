@@ -20,9 +20,8 @@ from llada2_jax.config import model_dict
 from llada2_jax.model_check import check_model
 from llada2_jax.types import DTYPES, ModelConfig, RopeScaling, SpecialTokens
 
-MODEL_TYPES = ("llada2_moe", "bailing_moe_v2", "llada2_moe_veomni")
 AR_MODEL_TYPE = "bailing_moe_v2"
-ARCHITECTURES = {
+MODEL_TYPES = {  # and the class in the file that their repositories bring
     "llada2_moe": "LLaDA2MoeModelLM",
     "llada2_moe_veomni": "LLaDA2MoeModelLM",
     "bailing_moe_v2": "BailingMoeV2ForCausalLM",
@@ -308,7 +307,7 @@ def _rebased(base: dict[str, Any], cfg: ModelConfig, model_type: str) -> dict[st
     if scaling is not None:
         scaling = {"rope_type": "yarn", **{k: v for k, v in scaling.items() if v is not None}}
     return base | {
-        "architectures": [ARCHITECTURES[model_type]],
+        "architectures": [MODEL_TYPES[model_type]],
         "model_type": model_type,
         **{name: values[ours] for name, ours in _FIELDS.items()},
         **{name: values[name] for name in _DEFAULTS},

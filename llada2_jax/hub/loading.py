@@ -119,7 +119,7 @@ def load_bundle(
 
 
 def _own_bundle(path: Path, **ids: int | None) -> ModelBundle:
-    bundle = checkpoint.load_bundle(path)
+    bundle = checkpoint.read_bundle(path)
     for name, value in ids.items():
         own = getattr(bundle.special, name.removesuffix("_id"))
         if value is not None and value != own:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from llada2_jax.checkpoint import CheckpointError, ModelBundle, ParamReader, load_bundle, save_model
+from llada2_jax.checkpoint import CheckpointError, ModelBundle, ParamReader, read_bundle, save_model
 from llada2_jax.config import default_config
 from llada2_jax.config_check import validate
 from llada2_jax.hub import load_model
@@ -63,7 +63,7 @@ def test_checkpoints_hold_the_adapters_alone(folder, finished):
     step = folder / "run/checkpoints/4"
     specs = ParamReader(step / "params").specs
     assert specs and all("_adapter/" in path for path in specs)
-    assert load_bundle(step).base["path"] == str(folder / "start")
+    assert read_bundle(step).base["path"] == str(folder / "start")
     start = load_model(folder / "start")
     assert jax.tree.structure(finished.params) == jax.tree.structure(start.params)
     loaded = load_model(step, dtype="float32")

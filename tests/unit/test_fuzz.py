@@ -289,7 +289,7 @@ def test_metadata_with_damage(saved, name, data):
             damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(damaged)
     try:
-        checkpoint.load_bundle(saved)
+        checkpoint.read_bundle(saved)
         ParamReader(saved / "params").read_all()
     except CheckpointError as error:
         assert str(error)
