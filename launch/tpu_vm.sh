@@ -83,9 +83,9 @@ install() {
 }
 
 # The run does not hang on this connection: without it, it goes on, and a second start on the host
-# waits for its end.
+# waits for its end. The log has to be there before anybody follows it.
 train() {
-  on_all "set -e; cd llada2; exec 9> ~/llada2.lock; flock -n 9 || { echo 'it still runs here, see ~/llada2.log; waiting'; flock 9; }; PATH=\$PWD/.venv/bin:\$PATH launch/train.sh -- $(quoted "${train_args[@]}") >> ~/llada2.log 2>&1 & tail --pid=\$! -n0 -f ~/llada2.log; wait \$!"
+  on_all "set -e; cd llada2; exec 9> ~/llada2.lock; flock -n 9 || { echo 'it still runs here, see ~/llada2.log; waiting'; flock 9; }; touch ~/llada2.log; PATH=\$PWD/.venv/bin:\$PATH launch/train.sh -- $(quoted "${train_args[@]}") >> ~/llada2.log 2>&1 & tail --pid=\$! -n0 -f ~/llada2.log; wait \$!"
 }
 
 on_all() {
