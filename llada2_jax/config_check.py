@@ -443,10 +443,11 @@ def _check_dpo(cfg: TrainConfig) -> None:
     )
     noise = cfg.noise
     all_rates = noise.draw == "count" or (noise.t_min, noise.t_max) == (0.0, 1.0)
+    all_tokens = noise.later_turns == "learn" and not noise.edit_rate
     _require(
-        all_rates and noise.weight == "elbo" and not noise.edit_rate,
-        "config.noise: dpo compares bounds on likelihoods (eq. 7): weight='elbo', edit_rate=0 and "
-        "all rates (draw='count', or 'bernoulli' with t_min=0 and t_max=1)",
+        all_rates and all_tokens and noise.weight == "elbo",
+        "config.noise: dpo compares bounds on likelihoods (eq. 7): weight='elbo', edit_rate=0, "
+        "later_turns='learn' and all rates (draw='count', or 'bernoulli' with t_min=0 and t_max=1)",
     )
     for name in ("dpo.samples", "eval.samples"):
         samples = _get(cfg, name)

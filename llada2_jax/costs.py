@@ -242,8 +242,9 @@ ASSUMPTIONS = (
     "matmuls and attention at the chip's peak, recomputed layers included; experts balanced",
     "memory: gathered weights read in each pass, state read and written once; activations not",
     "links: every byte that a device receives at the chip's full rate, one axis after the other",
-    "rows are one document each; an adapter's own matmuls are not counted; a reference is as large "
-    "as the policy",
+    "rows are one document each; an adapter's own matmuls are not counted",
+    "a reference is as large as the policy; not counted are its traffic, and its room while it "
+    "visits the devices from the host's memory",
 )
 
 

@@ -347,7 +347,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="A,B,...",
         help="relative weights of the checkpoints named, in their order",
     )
-    p.add_argument("--metric", metavar="NAME", help=f"what to compare (default: {METRIC})")
+    p.add_argument(
+        "--metric",
+        metavar="NAME",
+        help=f"what to compare, e.g. train.loss, of that step alone (default: {METRIC})",
+    )
     p.add_argument("--mode", choices=MODES, help=f"what is best (default: {MODES[0]})")
     p.add_argument(
         "--kind",

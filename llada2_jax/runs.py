@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,8 @@ def _results(lines: Sequence[Mapping[str, Any]], workdir: Path) -> dict[str, Any
         "input wait, median": _median(train, "input_wait_fraction"),
     }
     for kind, scores in _validation(lines).items():
-        result[f"best {kind}"] = min(value for _, value in scores)
+        finite = [value for _, value in scores if math.isfinite(value)]
+        result[f"best {kind}"] = min(finite, default=None)
         result[f"last {kind}"] = scores[-1][1]
     return result
 

@@ -31,7 +31,7 @@ from llada2_jax.distributed import joined
 from llada2_jax.errors import EXIT_STATUS, UserError
 from llada2_jax.evals.likelihood import preference_context, validation_contexts
 from llada2_jax.evals.validation import score_pairs, score_rows
-from llada2_jax.metrics import MetricLogger, read_metrics
+from llada2_jax.metrics import MetricLogger
 from llada2_jax.objectives import Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
 from llada2_jax.reference import (
@@ -191,7 +191,11 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         _stored(cfg, record, f"writing {workdir}/config.json")
     corpus, validation, refer = _refer(cfg, reference, corpus, validation, mesh)
     checkpoints = TrainCheckpoints(workdir, cfg.checkpoint, tokens_per_step=cfg.tokens_per_step)
-    _check_not_lost(cfg, checkpoints)
+    if checkpoints.lost:
+        raise ConfigError(
+            f"{workdir} has saved checkpoints, but {checkpoints.folder} has none: bring them back, "
+            "or choose another workdir to begin anew"
+        )
     state = base = restored = None
     if cfg.lora.rank or not checkpoints.newest:
         state = init_state(cfg, bundle.params, mesh)
@@ -317,21 +321,6 @@ def _check_pairs(corpus: Corpus) -> None:
 
 def _stored(cfg: TrainConfig, action: Callable[[], None], what: str) -> None:
     with_retries(action, what, seconds=cfg.checkpoint.retry_seconds)
-
-
-def _check_not_lost(cfg: TrainConfig, checkpoints: TrainCheckpoints) -> None:
-    """A run whose checkpoints somebody took away is not begun anew over what is left of it.
-
-    A run that has begun to write its second checkpoint has the first, and keeps one from then on.
-    """
-    steps = [line["step"] for line in read_metrics(Path(cfg.workdir))]
-    if checkpoints.newest or not steps:
-        return
-    if sum(saves_after(cfg, step) for step in range(1, max(steps))) >= 2:
-        raise ConfigError(
-            f"{cfg.workdir}/metrics.jsonl goes to step {max(steps)}, but {checkpoints.folder} has "
-            "no checkpoint: bring them back, or choose another workdir to begin anew"
-        )
 
 
 def _restored(
@@ -522,6 +511,7 @@ def _react(run: Run, done: int, policy: str, event: str, step: int) -> None:
             "already; lower optimizer.learning_rate, or look at the data of these steps"
         )
     base = run.state.buffers if run.cfg.lora.rank else None
+    run.latest = {}  # they are of a step that is undone
     # Freed first: there may be no room for two states.
     run.state = dataclasses.replace(run.state, params=None, buffers=None, opt_state=None)
     model = run.bundle.config

@@ -35,6 +35,7 @@ from llada2_jax.retry import StorageError, describe, with_retries
 from llada2_jax.types import Params
 
 PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
+BEGUN = "checkpoints.begun"  # in the workdir, once there was a checkpoint
 DELETED = ".deleted"  # ends the name of what is being removed
 JSON_ITEMS = (folders.MODEL, folders.TOKENIZER, folders.TRAIN)
 
@@ -80,6 +81,7 @@ class TrainCheckpoints:
 
     def __init__(self, workdir: Path, cfg: CheckpointConfig, *, tokens_per_step: int = 1):
         self.folder = (Path(workdir) / "checkpoints").absolute()
+        self._mark = self.folder.with_name(BEGUN)
         every = -(-cfg.keep_every_tokens // tokens_per_step)
         self._retention = Retention(cfg.keep_last, cfg.keep_best, every)
         self._cfg = cfg
@@ -144,6 +146,11 @@ class TrainCheckpoints:
         return not _on_all(self._error is None)
 
     @property
+    def lost(self) -> bool:
+        """Whether somebody took away the checkpoints that there were."""
+        return not self.newest and self._mark.exists()
+
+    @property
     def newest(self) -> int:
         """The last step that was saved; 0 before the first."""
         self.wait()
@@ -168,6 +175,8 @@ class TrainCheckpoints:
 
     def _commit(self, step: int, scores: Mapping[str, Any]) -> None:
         self._checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            self._mark.touch()
         self._scores[step] = scores
         if jax.process_index() == 0:
             self._delete_old()

@@ -55,7 +55,7 @@ LLADA2_TEMPLATE = """\
 {{- message.content or '' }}
 {%- for call in message.tool_calls or [] %}
 {%- set function = call.function or call %}
-{{- '<tool_call>\\n' + {'name': function.name, 'arguments': function.arguments} | tojson }}
+{{- '<tool_call>\\n' + {'name': function.name, 'arguments': function.arguments or {}} | tojson }}
 {{- '\\n</tool_call>' }}
 {%- endfor %}
 {{- '<|role_end|>' }}
@@ -438,7 +438,7 @@ class ChatTokens:
         if messages[0]["role"] != "system":
             system = system or self.system
             return [{"role": "system", "content": system}, *messages] if system else messages
-        if system and system != messages[0]["content"]:
+        if system and system.strip() != str(messages[0]["content"]).strip():
             raise BadRow(
                 "two_systems",
                 f"system={short(system)}, and messages begin with {short(messages[0]['content'])}",

@@ -37,7 +37,7 @@ from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve
 from llada2_jax.data.tokenizer import vocab_size
 from llada2_jax.errors import UsageError, UserError
 from llada2_jax.files import replace_text, sync
-from llada2_jax.retry import with_retries
+from llada2_jax.retry import storage_failed, with_retries
 from llada2_jax.types import SpecialTokens
 
 FORMAT_VERSION = 3
@@ -147,10 +147,14 @@ def prepare(
             "copy it (gcloud storage rsync), or mount the bucket (gcsfuse)"
         )
     make_encoder(job.encode, dict(job.tokenizer_files), job.special)  # fails here, not in a worker
-    job, units, files = with_retries(
-        lambda: _explored(job), f"reading {job.source.path}", seconds=job.retry_seconds
-    )
     folder = Path(folder)
+    job, units, files = with_retries(
+        lambda: _explored(job),
+        f"reading {job.source.path}",
+        seconds=job.retry_seconds,
+        passes=_may_pass,
+    )
+    _check_apart(job.source.path, folder)
     if overwrite:
         remove(folder)
     _record_plan(folder, job, units)
@@ -172,6 +176,20 @@ def prepare(
     manifest = _manifest(job, units, files, folder)
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _check_apart(source: str, folder: Path) -> None:
+    """What is written must not become part of what is read."""
+    if "://" in source:
+        return
+    if folder.resolve().is_relative_to(Path(source).expanduser().resolve()):
+        raise PrepareError(f"{folder} lies in the source {source}: name a folder outside of it")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a source may be readable in a while."""
+    absent = (FileNotFoundError, NotADirectoryError, PermissionError)
+    return storage_failed(error) and not isinstance(error, absent)
 
 
 def _explored(job: Job) -> tuple[Job, list[Unit], dict[str, Any]]:
@@ -227,12 +245,18 @@ def _read_own(path: Path, fields: Iterable[str]) -> dict[str, Any]:
 
 
 def remove(folder: str | Path) -> None:
-    """Removes a prepared folder. Raises: PrepareError if that is not what it is."""
+    """Removes a prepared folder. Raises: PrepareError if that is not what it is; OSError."""
     folder = Path(folder)
     begun = (folder / PLAN).exists() or any(_torn_plans(folder))
     if folder.exists() and any(folder.iterdir()) and not begun:
         raise PrepareError(f"{folder} holds no {PLAN}: it was not prepared, so it is not removed")
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if folder.exists() and not folder.is_symlink():  # a link stays, for what is written next
+        folder.rmdir()
 
 
 def _torn_plans(folder: Path) -> Iterator[Path]:

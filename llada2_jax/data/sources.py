@@ -7,35 +7,36 @@ blank line as None: it is no row, but its number counts.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fnmatch
 import functools
 import gzip
-import hashlib
 import importlib
 import io
 import json
-import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from etils import epath
 
 from llada2_jax.data.examples import BadRow
-from llada2_jax.errors import UserError
+from llada2_jax.data.paths import (
+    SourceError,
+    bucket_errors,
+    matched,
+    require,
+    root_of,
+    stamp_of,
+    walk,
+)
 from llada2_jax.retry import describe
 
 UNIT_BYTES = 32 << 20
 UNIT_ROWS = 8192
 
 Row = dict[str, Any] | BadRow | None
-
-
-class SourceError(UserError, ValueError):
-    """A source that cannot be read; the message names the file and the way out."""
 
 
 class _Damaged(Exception):
@@ -95,8 +96,8 @@ def resolve_format(spec: SourceSpec) -> SourceSpec:
         return spec
     if spec.format != "auto":
         raise SourceError(f"format {spec.format!r}: choose one of auto, {', '.join(FORMATS)}")
-    with _bucket_errors(spec.path):
-        path = _root(spec.path)
+    with bucket_errors(spec.path):
+        path = root_of(spec.path)
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return dataclasses.replace(spec, format="huggingface")
         found: dict[str, str] = {}
@@ -133,7 +134,7 @@ def plan(spec: SourceSpec) -> list[Unit]:
 
     Raises: SourceError if there is nothing to read; OSError.
     """
-    with _bucket_errors(spec.path):
+    with bucket_errors(spec.path):
         units = FORMATS[spec.format].plan(spec)
     if not units:
         raise SourceError(f"{spec.path} holds nothing of format {spec.format!r}")
@@ -145,7 +146,7 @@ def survey(spec: SourceSpec) -> dict[str, Any]:
     of them ("example"); nothing of formats that are no files. Raises: SourceError, OSError."""
     if not FORMATS[spec.format].patterns:
         return {}
-    with _bucket_errors(spec.path):
+    with bucket_errors(spec.path):
         files, others = list_files(spec)
     counts = {"read": len(files), "left_out": len(others)}
     return counts | ({"example": str(others[0])} if others else {})
@@ -158,7 +159,7 @@ def read(spec: SourceSpec, unit: Unit) -> Iterator[Row]:
     """
     form, rows = FORMATS[spec.format], 0
     try:
-        with _bucket_errors(unit.path):
+        with bucket_errors(unit.path):
             for value in form.read(spec, unit):
                 yield value
                 rows += 1
@@ -169,7 +170,7 @@ def read(spec: SourceSpec, unit: Unit) -> Iterator[Row]:
 
 def place(spec: SourceSpec, unit: Unit, row: int) -> str:
     """Where row number `row` of a unit stands, for people: file and line, or record."""
-    with _bucket_errors(unit.path):
+    with bucket_errors(unit.path):
         return FORMATS[spec.format].place(unit, row)
 
 
@@ -181,37 +182,14 @@ def _of_storage(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
-@contextlib.contextmanager
-def _bucket_errors(path: str) -> Iterator[None]:
-    """What gcsfs raises: as an OSError if it may pass, else as a SourceError."""
-    if not path.startswith("gs://"):
-        yield
-        return
-    gcsfs = require("gcsfs.retry", "gcs", "reads gs:// paths")
-    try:
-        yield
-    except (gcsfs.HttpError, *gcsfs.RETRIABLE_EXCEPTIONS) as error:
-        what = f"{path} cannot be read: {describe(error)}"
-        if gcsfs.is_retriable(error):
-            raise OSError(what) from error
-        raise SourceError(f"{what}; check the name and your credentials for the bucket") from error
-
-
-def _root(path: str) -> epath.Path:
-    """The source as a path. Raises: SourceError without the package that reads buckets."""
-    if path.startswith("gs://"):
-        require("gcsfs", "gcs", "reads gs:// paths")
-    return epath.Path(path).expanduser()
-
-
 def list_files(spec: SourceSpec) -> tuple[list[epath.Path], list[epath.Path]]:
     """The files that a source is read from, and those left out, both in the order of their names.
 
     Read are the file, a folder's files whose names are usual for the format, a glob's files; of
     these, those that match the pattern, if there is one. Raises: SourceError if that is none.
     """
-    root = _root(spec.path)
-    files, folders = _matched(root)
+    root = root_of(spec.path)
+    files, folders = matched(root)
     wanted = spec.pattern or "*"
     chosen = [f for f in files if fnmatch.fnmatchcase(f.name, wanted)]
     if root.is_dir() and spec.format != "auto" and not spec.pattern:
@@ -221,68 +199,16 @@ def list_files(spec: SourceSpec) -> tuple[list[epath.Path], list[epath.Path]]:
     others = sorted({*files, *folders}.difference(chosen))
     if not chosen:
         such = f" ({len(others)} others, such as {others[0]})" if others else ""
-        raise SourceError(f"{spec.path}: no such file, or none that matches {wanted}{such}")
+        stars = " (stars may stand in its last part)" if "*" in str(root.parent) else ""
+        raise SourceError(f"{spec.path}: no such file, or none that matches {wanted}{such}{stars}")
     return sorted(chosen), others
-
-
-def _matched(root: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """The files that a path stands for (its own, all below it, or a glob's), and the folders that
-    a glob matches."""
-    if root.is_dir():
-        return list(_walk(root)), []
-    if root.is_file():
-        return [root], []
-    if not any(c in root.name for c in "*?["):
-        return [], []
-    found = list(root.parent.glob(root.name))
-    folders = [f for f in found if f.is_dir()]
-    return [f for f in found if f not in folders], folders
-
-
-def _walk(root: epath.Path) -> Iterator[epath.Path]:
-    """All files below a folder; epath's walk of a bucket names folders without the scheme."""
-    if "://" not in str(root):
-        yield from map(epath.Path, _walk_links(str(root)))
-        return
-    scheme = "".join(str(root).partition("://")[:2])
-    for folder, _, names in root.walk(on_error=_raise):
-        named = epath.Path(scheme + str(folder).removeprefix(scheme))
-        yield from (named / name for name in names)
-
-
-def _walk_links(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """All files below a folder and below folders that are linked there, but for links to one of
-    the folders that the link lies in: what they hold has its turn anyway."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk_links(entry.path, above | {real})
-            else:
-                yield entry.path
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _files(spec: SourceSpec) -> list[tuple[epath.Path, str]]:
     """The source's files, and their names relative to it."""
-    root = _root(spec.path)
+    root = root_of(spec.path)
     base = root if root.is_dir() else root.parent
     return [(f, f.relative_to(base).as_posix()) for f in list_files(spec)[0]]
-
-
-def _stamp(files: Iterable[epath.Path]) -> str:
-    """A hash of when the files were last changed."""
-    return hashlib.sha256(repr([_changed(f) for f in files]).encode()).hexdigest()[:16]
-
-
-def _changed(file: epath.Path) -> int:
-    """Nanoseconds; of a bucket seconds, or 0 where it keeps no times."""
-    return file.stat().mtime if "://" in str(file) else os.stat(file).st_mtime_ns
 
 
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
@@ -314,13 +240,13 @@ class _Text:
             if sum(size for _, size in groups[-1]) >= UNIT_BYTES or len(groups[-1]) >= UNIT_ROWS:
                 groups.append([])
             groups[-1].append((name, file.stat().length))
-        root = _root(spec.path)
+        root = root_of(spec.path)
         base = root if root.is_dir() else root.parent
         return [self._unit(base, *zip(*group, strict=True)) for group in groups]
 
     @staticmethod
     def _unit(base: epath.Path, names: tuple[str, ...], sizes: tuple[int, ...]) -> Unit:
-        stamp = _stamp(base / name for name in names)
+        stamp = stamp_of(base / name for name in names)
         return Unit(str(base), "", 0, len(names), sum(sizes), names, stamp)
 
     def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]:
@@ -354,7 +280,7 @@ class _JsonLines:
             if whole and not size:
                 raise SourceError(f"{file} has no bytes: compressed, even nothing has some")
             step = size if whole else UNIT_BYTES
-            stamp = _stamp([file])
+            stamp = stamp_of([file])
             units += [
                 Unit(str(file), name, a, b, b - a, stamp=stamp) for a, b in _ranges(size, step)
             ]
@@ -449,7 +375,7 @@ class _Parquet:
             with file.open("rb") as raw:
                 meta = self._open(raw, str(file)).metadata
                 groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
-            stamp = _stamp([file])
+            stamp = stamp_of([file])
             units += [
                 Unit(str(file), name, i, i + 1, size, stamp=stamp) for i, size in enumerate(groups)
             ]
@@ -511,7 +437,7 @@ class _ArrayRecord:
         units = []
         for file, name in _files(spec):
             count, size = self._reader(str(file)).num_records(), file.stat().length
-            stamp = _stamp([file])
+            stamp = stamp_of([file])
             units += [
                 Unit(str(file), name, a, b, size * (b - a) // count, stamp=stamp)
                 for a, b in _ranges(count, UNIT_ROWS)
@@ -565,7 +491,7 @@ class _HuggingFace:
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
         rows = len(self._load(spec.path, spec.split))
-        stamp = _stamp(sorted(_walk(_root(spec.path))))
+        stamp = stamp_of(sorted(walk(root_of(spec.path))))
         return [Unit(spec.path, "", a, b, b - a, stamp=stamp) for a, b in _ranges(rows, UNIT_ROWS)]
 
     @staticmethod
@@ -647,16 +573,6 @@ def _plain_row(row: dict[str, Any]) -> Row:
 def _plain(value: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value
     return value.decode() if isinstance(value, bytes) else value
-
-
-def require(name: str, extra: str, what: str) -> Any:
-    """Imports an optional package. Raises: SourceError naming the extra that brings it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise SourceError(
-            f"the package {name!r} {what}: pip install 'llada2-jax[{extra}]'"
-        ) from error
 
 
 FORMATS: dict[str, Format] = {

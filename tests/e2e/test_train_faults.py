@@ -178,7 +178,7 @@ def test_a_run_whose_checkpoints_were_taken_away_is_not_begun_anew(folder, tmp_p
     train(config(folder, tmp_path))
     lines = read_metrics(tmp_path)
     (tmp_path / "checkpoints").rename(tmp_path / "away")
-    with pytest.raises(ConfigError, match=r"goes to step 14, but .*/checkpoints has no checkpoint"):
+    with pytest.raises(ConfigError, match=r"has saved checkpoints, but .*/checkpoints has none"):
         train(config(folder, tmp_path))
     assert read_metrics(tmp_path) == lines
     (tmp_path / "checkpoints").rmdir()

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 
 from llada2_jax import retry
 from llada2_jax.config import DataConfig
+from llada2_jax.data import paths, sources
 from llada2_jax.data import prepare as preparing
-from llada2_jax.data import sources
 from llada2_jax.data.corpus import load_corpus
 from llada2_jax.data.documents import Document
 from llada2_jax.data.examples import BadRow, Example, decode_record, encode_record
@@ -462,8 +462,38 @@ def test_errors_of_buckets_are_storage_that_may_come_back_or_a_source_that_will_
     gcsfs = pytest.importorskip("gcsfs", reason="gcsfs (extra 'gcs') is not installed")
     for code, kind in ((503, OSError), (429, OSError), (400, SourceError)):
         said = pytest.raises(kind, match=f"gs://b/x cannot be read: why, {code}")
-        with said, sources._bucket_errors("gs://b/x"):
+        with said, paths.bucket_errors("gs://b/x"):
             raise gcsfs.retry.HttpError({"code": code, "message": "why"})
+    with pytest.raises(SourceError, match="credentials"), paths.bucket_errors("gs://b/x"):
+        raise OSError("Forbidden: gs://b/x")  # what gcsfs makes of a 403
+    with pytest.raises(FileNotFoundError), paths.bucket_errors("gs://b/x"):
+        raise FileNotFoundError("gs://b/x")
+
+
+def test_an_output_within_the_source_is_refused(source):
+    for out in (source, source / "out", source / "a" / ".." / "out"):
+        with pytest.raises(PrepareError, match="lies in the source"):
+            prepare(job(source), out, processes=1)
+    assert not (source / "out").exists()
+
+
+def test_a_linked_output_is_overwritten(source, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    prepare(job(source), tmp_path / "out", processes=1)
+    before = contents(tmp_path / "real")
+    prepare(job(source, bos=False), tmp_path / "out", processes=1, overwrite=True)
+    assert contents(tmp_path / "out") != before
+
+
+def test_a_folder_that_links_lead_to_is_read_once(tmp_path):
+    for name in "abc":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "x.txt").write_text(name)
+        for other in "abc":
+            (tmp_path / "in" / name / f"to_{other}").symlink_to(tmp_path / "in" / other)
+    units = plan(SourceSpec(str(tmp_path / "in"), format="text"))
+    assert [unit.files for unit in units] == [("a/x.txt", "b/x.txt", "c/x.txt")]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "array_record", "huggingface", "jsonl.gz"])
@@ -550,8 +580,10 @@ def test_a_folder_of_another_job_is_left_alone(source, tmp_path):
     with pytest.raises(PrepareError, match="was begun with another files of the source"):
         prepare(job(source), tmp_path / "out", processes=1)
     assert contents(tmp_path / "out") == before
-    with pytest.raises(PrepareError, match="in holds other files"):
-        prepare(job(source), source, processes=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(PrepareError, match="other holds other files"):
+        prepare(job(source), tmp_path / "other", processes=1)
     with pytest.raises(PrepareError, match=f"holds no {PLAN}"):
         remove(source)
     remove(tmp_path / "out")

@@ -66,6 +66,11 @@ def test_equal_runs_agree_to_the_end_whatever_they_logged(tmp_path):
     assert result["same losses up to step"] == [3, 3]
 
 
+def test_the_best_of_a_run_is_a_number(tmp_path):
+    make_run(tmp_path / "a", CFG, [3.0], validation=[(1, float("nan")), (2, 0.5), (3, 0.6)])
+    assert compare([tmp_path / "a"])["result"]["best bits/byte, bdlm-4"] == [0.5]
+
+
 def test_preferences_are_compared_by_their_loss(tmp_path):
     make_run(tmp_path / "a", CFG, [3.0])
     scores = [{"loss": loss, "reward_margin": 0.1, "measured": "dpo:dpo-32"} for loss in (0.6, 0.5)]

@@ -1,0 +1,112 @@
+"""The files that a path stands for: a folder on this machine or in a bucket, a file, a glob."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from etils import epath
+
+from llada2_jax.errors import UserError
+from llada2_jax.retry import describe
+
+
+class SourceError(UserError, ValueError):
+    """A source that cannot be read; the message names the file and the way out."""
+
+
+def require(name: str, extra: str, what: str) -> Any:
+    """Imports an optional package. Raises: SourceError naming the extra that brings it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SourceError(
+            f"the package {name!r} {what}: pip install 'llada2-jax[{extra}]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def bucket_errors(path: str) -> Iterator[None]:
+    """What gcsfs raises: as an OSError if it may pass, else as a SourceError."""
+    if not path.startswith("gs://"):
+        yield
+        return
+    gcsfs = require("gcsfs.retry", "gcs", "reads gs:// paths")
+    try:
+        yield
+    except (gcsfs.HttpError, *gcsfs.RETRIABLE_EXCEPTIONS, OSError) as error:
+        what = f"{path} cannot be read: {describe(error)}"
+        if gcsfs.is_retriable(error):
+            raise OSError(what) from error
+        if isinstance(error, OSError) and "Forbidden" not in str(error):  # how a 403 comes
+            raise
+        raise SourceError(f"{what}; check the name and your credentials for the bucket") from error
+
+
+def root_of(path: str) -> epath.Path:
+    """The source as a path. Raises: SourceError without the package that reads buckets."""
+    if path.startswith("gs://"):
+        require("gcsfs", "gcs", "reads gs:// paths")
+    return epath.Path(path).expanduser()
+
+
+def matched(root: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
+    """The files that a path stands for (its own, all below it, or a glob's), and the folders that
+    a glob matches."""
+    if root.is_dir():
+        return list(walk(root)), []
+    if root.is_file():
+        return [root], []
+    if not any(c in root.name for c in "*?["):
+        return [], []
+    found = list(root.parent.glob(root.name))
+    folders = [f for f in found if f.is_dir()]
+    return [f for f in found if f not in folders], folders
+
+
+def walk(root: epath.Path) -> Iterator[epath.Path]:
+    """All files below a folder; epath's walk of a bucket names folders without the scheme."""
+    if "://" not in str(root):
+        yield from map(epath.Path, _walk_local(str(root)))
+        return
+    scheme = "".join(str(root).partition("://")[:2])
+    for folder, _, names in root.walk(on_error=_raise):
+        named = epath.Path(scheme + str(folder).removeprefix(scheme))
+        yield from (named / name for name in names)
+
+
+def _walk_local(root: str) -> Iterator[str]:
+    """All files below a folder and below folders that are linked there. Each folder has one turn,
+    however many links lead to it: under its own name if it has one here."""
+    seen: set[str] = set()
+    own, linked = [root], []
+    while own or linked:
+        folder = own.pop() if own else linked.pop(0)
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        yield from (entry.path for entry in entries if not entry.is_dir())
+        folders = [entry for entry in entries if entry.is_dir()]
+        own += [entry.path for entry in folders if not entry.is_symlink()]
+        linked += [entry.path for entry in folders if entry.is_symlink()]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def stamp_of(files: Iterable[epath.Path]) -> str:
+    """A hash of when the files were last changed."""
+    return hashlib.sha256(repr([_changed(f) for f in files]).encode()).hexdigest()[:16]
+
+
+def _changed(file: epath.Path) -> int:
+    """Nanoseconds; of a bucket seconds, or 0 where it keeps no times."""
+    return file.stat().mtime if "://" in str(file) else os.stat(file).st_mtime_ns
