@@ -175,10 +175,10 @@ class TrainCheckpoints:
 
     def _commit(self, step: int, scores: Mapping[str, Any]) -> None:
         self._checkpointer.wait_until_finished()
-        if jax.process_index() == 0:
-            self._mark.touch()
         self._scores[step] = scores
         if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # the checkpoint is there; the next one marks it
+                self._mark.touch()
             self._delete_old()
 
     def _attempt(self, step: int, action) -> bool:
