@@ -255,7 +255,8 @@ def _decoded(
     path = Path(cfg.workdir) / "evaluation.json"
     asked = {"families": config.families.to_dict(), "tasks": config.tasks.to_dict()}
     kept = json.loads(path.read_text()) if path.exists() else {}
-    done = kept.get("outcomes", []) if kept.get("asked") == asked else []
+    kept = kept if kept.get("asked") == asked else {}
+    done = kept.get("outcomes", [])
     seconds = before = kept.get("seconds") if kept else 0.0
     have = {Setting(o["threshold"], o["block_size"]) for o in done}
     wanted = settings(config.decoding, cfg.schedule.posttrain_block)

@@ -5,8 +5,12 @@ import gzip
 import json
 from pathlib import Path
 
+from array_record.python.array_record_module import ArrayRecordWriter
+from tokenizers import Tokenizer
+
 from llada2_jax.data.encoders import EncodeOptions
 from llada2_jax.data.prepare import Job
+from llada2_jax.data.prepared import PreparedDocuments
 from llada2_jax.data.sources import SourceSpec
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.types import SpecialTokens
@@ -52,3 +56,73 @@ def job(path: Path | str, *, max_bad=0.0, validation=20.0, source=None, **encode
         validation,
         retry_seconds=0.0,
     )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def documents_of(folder: Path) -> list[tuple[str, list[float]]]:
+    """(text, weights) of all documents of both splits, read back in order of splits."""
+    found = []
+    tokenizer = Tokenizer.from_str(files()["tokenizer.json"])
+    for split in ("train", "validation"):
+        documents = PreparedDocuments(folder, split)
+        for i, n in enumerate(documents.lengths):
+            tokens, weights = documents.read(i, 0, int(n))
+            assert tokens[0] == SPECIAL.bos and tokens[-1] == SPECIAL.eos
+            found.append((tokenizer.decode(tokens[1:-1].tolist()), weights.tolist()))
+    return found
+
+
+def _text(folder, rows):
+    for i, row in enumerate(rows):
+        below = folder / f"{i % 3}"
+        below.mkdir(parents=True, exist_ok=True)
+        (below / f"{i:03d}.txt").write_text(row, encoding="utf-8")
+
+
+def _jsonl(suffix):
+    def write(folder, rows):
+        half = [{"text": r} for r in rows[: len(rows) // 2]]
+        write_jsonl(folder / f"a.jsonl{suffix}", half)
+        # Blank lines are no rows.
+        write_jsonl(
+            folder / f"b.jsonl{suffix}", ["", *({"text": r} for r in rows[len(half) :]), ""]
+        )
+
+    return write
+
+
+def _parquet(folder, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": rows, "other": list(range(len(rows)))})
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=7)
+
+
+def _array_record(folder, rows):
+    writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1")
+    for row in rows:
+        writer.write(json.dumps({"text": row}).encode())
+    writer.close()
+
+
+def _huggingface(folder, rows):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(folder))
+
+
+FORMATS = {
+    "text": _text,
+    "jsonl": _jsonl(""),
+    "jsonl.gz": _jsonl(".gz"),
+    "jsonl.zst": _jsonl(".zst"),
+    "parquet": _parquet,
+    "array_record": _array_record,
+    "huggingface": _huggingface,
+}

@@ -438,7 +438,7 @@ class ChatTokens:
         if messages[0]["role"] != "system":
             system = system or self.system
             return [{"role": "system", "content": system}, *messages] if system else messages
-        if system and system.strip() != str(messages[0]["content"]).strip():
+        if system and system.strip() != messages[0]["content"].strip():
             raise BadRow(
                 "two_systems",
                 f"system={short(system)}, and messages begin with {short(messages[0]['content'])}",

@@ -485,7 +485,7 @@ class Tally:
 
 
 def _manifest(job: Job, units: list[Unit], files: dict[str, Any], folder: Path) -> dict[str, Any]:
-    reports = [json.loads((folder / f"{i:05d}.json").read_text()) for i in range(len(units))]
+    reports = [_read_own(folder / f"{i:05d}.json", REPORT_FIELDS) for i in range(len(units))]
     splits = {split: _total([r["splits"][split] for r in reports]) for split in SPLITS}
     bad = sum((collections.Counter(r["bad"]) for r in reports), collections.Counter())
     return {

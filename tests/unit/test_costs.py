@@ -19,6 +19,7 @@ from llada2_jax.config import (
 )
 from llada2_jax.config_check import validate
 from llada2_jax.costs import (
+    BOTH_HALVES,
     Workload,
     allowed_pairs,
     forward_flops,
@@ -28,6 +29,7 @@ from llada2_jax.costs import (
 )
 from llada2_jax.hardware import slice_named
 from llada2_jax.model import build
+from llada2_jax.objectives import OBJECTIVES
 from llada2_jax.sharding import AXES, Placement
 from llada2_jax.types import LoRAConfig
 from pallas_kernels.block_layout import (
@@ -48,6 +50,10 @@ def layout_of(objective: str, length: int, block_size: int):
     if objective == "bdlm":
         return both_halves(block, segment)
     return half_layout(block, segment, NOISY if objective == "mdlm" else CLEAN)
+
+
+def test_every_objective_is_known_to_see_one_half_or_both():
+    assert {*BOTH_HALVES, "ar", "mdlm"} == OBJECTIVES.keys()
 
 
 @pytest.mark.parametrize("length", [24, 29])
