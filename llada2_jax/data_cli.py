@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,8 +52,6 @@ rows for each in data.weights. Stopped or killed, prepare goes on where it was w
 def main(argv: list[str]) -> int:
     """`llada2 data`; returns the exit status."""
     args = _parser().parse_args(argv)
-    # It logs tracebacks of what sources.py tells in a line.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         args.run(args)
     except UserError:

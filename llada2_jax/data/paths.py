@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -36,6 +37,9 @@ def bucket_errors(path: str) -> Iterator[None]:
         yield
         return
     gcsfs = require("gcsfs.retry", "gcs", "reads gs:// paths")
+    logger = logging.getLogger("gcsfs")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it logs tracebacks of what is told in a line here
     try:
         yield
     except (gcsfs.HttpError, *gcsfs.RETRIABLE_EXCEPTIONS, OSError) as error:
@@ -45,6 +49,8 @@ def bucket_errors(path: str) -> Iterator[None]:
         if isinstance(error, OSError) and "Forbidden" not in str(error):  # how a 403 comes
             raise
         raise SourceError(f"{what}; check the name and your credentials for the bucket") from error
+    finally:
+        logger.setLevel(level)
 
 
 def root_of(path: str) -> epath.Path:

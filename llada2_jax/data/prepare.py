@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -48,8 +49,8 @@ CHUNK_TOKENS = 1 << 16
 # Before the end, bad rows are judged once this many rows were read; within a unit, which says
 # little of the others, only where more than half are bad.
 ROWS_TO_JUDGE, HOPELESS = 1000, 0.5
-EXAMPLES_KEPT = 5
-REPORT_FIELDS = ("size", "rows", "bad", "shown", "splits")
+EXAMPLES_KEPT, EXAMPLES_TOLD = 5, 100  # bad rows: of a kind in a unit; in the manifest
+REPORT_FIELDS = ("size", "lines", "rows", "bad", "shown", "splits")
 
 INDEX = np.dtype(
     [
@@ -157,10 +158,13 @@ def prepare(
     _check_apart(job.source.path, folder)
     if overwrite:
         remove(folder)
-    _record_plan(folder, job, units)
+    own_files = functools.partial(
+        with_retries, what=f"writing {folder}", seconds=job.retry_seconds, passes=_may_pass
+    )
+    own_files(lambda: _record_plan(folder, job, units))
     done = {i for i in range(len(units)) if (folder / f"{i:05d}.json").exists()}
     left = [i for i in range(len(units)) if i not in done]
-    tally = Tally(job)
+    tally = Tally(job, dict(enumerate(units)))
     source_size = sum(unit.size for unit in units)
     for i in sorted(done):
         tally.add(_read_own(folder / f"{i:05d}.json", REPORT_FIELDS))
@@ -173,9 +177,7 @@ def prepare(
             rows = tally.rows * source_size / max(tally.size, 1)  # that there will be in the end
             tally.judge(allowed=job.max_bad_fraction * rows)
     tally.judge(allowed=job.max_bad_fraction * tally.rows)
-    manifest = _manifest(job, units, files, folder)
-    write_json(folder / MANIFEST, manifest)
-    return manifest
+    return own_files(lambda: _write_manifest(job, units, files, folder))
 
 
 def _check_apart(source: str, folder: Path) -> None:
@@ -329,14 +331,15 @@ class UnitWriter:
         )
 
     def _write(self, number: int, unit: Unit) -> dict[str, Any]:
-        tally = Tally(self._job)
+        tally = Tally(self._job, {number: unit})
         with contextlib.ExitStack() as stack:
             paths = {split: self._folder / f"{number:05d}.{split}" for split in SPLITS}
             shards = {s: stack.enter_context(_Shard(path)) for s, path in paths.items()}
-            self._fill(shards, unit, tally)
+            lines = self._fill(shards, number, unit, tally)
             splits = {split: shard.close() for split, shard in shards.items()}
         report = {
             "size": unit.size,
+            "lines": lines,
             "rows": tally.rows,
             "bad": dict(sorted(tally.bad.items())),
             "shown": tally.shown,
@@ -345,7 +348,9 @@ class UnitWriter:
         write_json(self._folder / f"{number:05d}.json", report)
         return report
 
-    def _fill(self, shards: dict[str, _Shard], unit: Unit, tally: Tally) -> None:
+    def _fill(self, shards: dict[str, _Shard], number: int, unit: Unit, tally: Tally) -> int:
+        """Returns the number of rows, blank lines too."""
+        index = -1
         fraction = self._job.max_bad_fraction and max(self._job.max_bad_fraction, HOPELESS)
         for index, row in enumerate(read(self._job.source, unit)):
             if row is None:
@@ -356,13 +361,14 @@ class UnitWriter:
             except BadRow as error:
                 tally.bad[error.kind] += 1
                 if tally.bad[error.kind] <= EXAMPLES_KEPT:
-                    where = place(self._job.source, unit, index)
-                    tally.shown.append({"kind": error.kind, "place": where, "why": str(error)})
+                    shown = {"kind": error.kind, "unit": number, "row": index, "why": str(error)}
+                    tally.shown.append(shown)
                 tally.judge(allowed=fraction * max(tally.rows, ROWS_TO_JUDGE))
                 continue
             name = unit.row_name(index)
             split = split_of(name, self._job.validation_percent)
             shards[split].write(example, stable_hash(name), index, self._dtype)
+        return index + 1
 
     def _example(self, row: dict[str, Any] | BadRow) -> Example:
         if isinstance(row, BadRow):
@@ -457,8 +463,8 @@ def _chunks(example: Example) -> Iterator[Example]:
 class Tally:
     """Rows read, their size in what units count, bad rows by kind, and when these are too many."""
 
-    def __init__(self, job: Job):
-        self._fraction = job.max_bad_fraction
+    def __init__(self, job: Job, units: Mapping[int, Unit]):
+        self._job, self._units = job, units
         self.rows = self.size = 0
         self.bad: collections.Counter[str] = collections.Counter()
         self.shown: list[dict[str, Any]] = []
@@ -475,29 +481,49 @@ class Tally:
         if count <= allowed:
             return
         kinds = "; ".join(f"{n} {kind} ({BAD_ROW_KINDS[kind]})" for kind, n in self.bad.items())
-        first = {s["kind"]: f"{s['place']}: {s['why']}" for s in reversed(self.shown)}
-        examples = "\n  ".join(first.values())
+        first = {shown["kind"]: shown for shown in reversed(self.shown)}
+        examples = "\n  ".join(map(self._tell, first.values()))
         raise PrepareError(
-            f"{count} of {self.rows} rows are bad, and max_bad_fraction is {self._fraction:g}: "
+            f"{count} of {self.rows} rows are bad, and max_bad_fraction is "
+            f"{self._job.max_bad_fraction:g}: "
             f"{kinds}. For example:\n  {examples}\nRepair the source, or raise the fraction "
             "(--max-bad-fraction); what is done is kept"
         )
 
+    def _tell(self, shown: Mapping[str, Any]) -> str:
+        where = place(self._job.source, self._units[shown["unit"]], shown["row"])
+        return f"{where}: {shown['why']}"
 
-def _manifest(job: Job, units: list[Unit], files: dict[str, Any], folder: Path) -> dict[str, Any]:
+
+def _write_manifest(
+    job: Job, units: list[Unit], files: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Returns what it writes."""
     reports = [_read_own(folder / f"{i:05d}.json", REPORT_FIELDS) for i in range(len(units))]
     splits = {split: _total([r["splits"][split] for r in reports]) for split in SPLITS}
     bad = sum((collections.Counter(r["bad"]) for r in reports), collections.Counter())
-    return {
+    manifest = {
         **job.describe(),
         "files": files,
         "rows": {"read": sum(r["rows"] for r in reports), "bad": dict(sorted(bad.items()))},
-        "bad_examples": [s for r in reports for s in r["shown"]][:100],
+        "bad_examples": list(itertools.islice(_told(job, units, reports), EXAMPLES_TOLD)),
         "token_bytes": job.token_dtype.itemsize,
         "chunk_tokens": CHUNK_TOKENS,
         "splits": splits,
         "shards": [{s: _shard(r["splits"][s]) for s in SPLITS} for r in reports],
     }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _told(job: Job, units: list[Unit], reports: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    """Bad rows and their places. As all units were read, no file needs to be again."""
+    before: collections.Counter[str] = collections.Counter()
+    for unit, report in zip(units, reports, strict=True):
+        for shown in report["shown"]:
+            where = place(job.source, unit, shown["row"], before[unit.path])
+            yield {"kind": shown["kind"], "place": where, "why": shown["why"]}
+        before[unit.path] += report["lines"]
 
 
 def _shard(report: dict[str, Any]) -> dict[str, int]:

@@ -79,7 +79,8 @@ class SourceSpec:
 
 
 class Format(Protocol):
-    """How files of one kind are cut into units, read, and a row's place told to people."""
+    """How files of one kind are cut into units, read, and a row's place told to people. before: how
+    many rows, blank lines too, its file has before the unit; None: not known."""
 
     patterns: tuple[str, ...]
 
@@ -87,7 +88,7 @@ class Format(Protocol):
 
     def read(self, spec: SourceSpec, unit: Unit) -> Iterator[Row]: ...
 
-    def place(self, unit: Unit, row: int) -> str: ...
+    def place(self, unit: Unit, row: int, before: int | None) -> str: ...
 
 
 def resolve_format(spec: SourceSpec) -> SourceSpec:
@@ -164,14 +165,17 @@ def read(spec: SourceSpec, unit: Unit) -> Iterator[Row]:
                 yield value
                 rows += 1
     except _DAMAGE as error:
-        place = form.place(unit, rows)
+        place = form.place(unit, rows, None)
         raise SourceError(f"{place}: the file cannot be read further: {error}") from error
 
 
-def place(spec: SourceSpec, unit: Unit, row: int) -> str:
-    """Where row number `row` of a unit stands, for people: file and line, or record."""
+def place(spec: SourceSpec, unit: Unit, row: int, before: int | None = None) -> str:
+    """Where row number `row` of a unit stands, for people: file and line, or record.
+
+    before: rows, blank lines too, of the file's earlier units; unless known, they may be read.
+    """
     with bucket_errors(unit.path):
-        return FORMATS[spec.format].place(unit, row)
+        return FORMATS[spec.format].place(unit, row, before)
 
 
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, _Damaged)
@@ -256,7 +260,7 @@ class _Text:
             except UnicodeDecodeError as error:
                 yield BadRow("not_utf8", str(error))
 
-    def place(self, unit: Unit, row: int) -> str:
+    def place(self, unit: Unit, row: int, before: int | None) -> str:
         return str(epath.Path(unit.path) / unit.files[min(row, len(unit.files) - 1)])
 
 
@@ -303,11 +307,10 @@ class _JsonLines:
             while raw.tell() < unit.stop:
                 yield raw.readline()
 
-    def place(self, unit: Unit, row: int) -> str:
-        before = 0
-        if unit.start:
-            whole = dataclasses.replace(unit, start=0, stop=unit.start)
-            before = sum(1 for _ in self._lines(whole))
+    def place(self, unit: Unit, row: int, before: int | None) -> str:
+        if before is None:
+            earlier = dataclasses.replace(unit, start=0, stop=unit.start)
+            before = sum(1 for _ in self._lines(earlier)) if unit.start else 0
         return f"{unit.path}:{before + row + 1}"
 
 
@@ -410,7 +413,7 @@ class _Parquet:
                 raise
             raise _Damaged(str(error)) from error
 
-    def place(self, unit: Unit, row: int) -> str:
+    def place(self, unit: Unit, row: int, before: int | None) -> str:
         return f"{unit.path}: row {row} of row group {unit.start}"
 
 
@@ -468,7 +471,7 @@ class _ArrayRecord:
             for record in records:
                 yield parse_json(record) if spec.records == "json" else _text_row(record)
 
-    def place(self, unit: Unit, row: int) -> str:
+    def place(self, unit: Unit, row: int, before: int | None) -> str:
         return f"{unit.path}: record {unit.start + row}"
 
 
@@ -515,7 +518,7 @@ class _HuggingFace:
         for index in range(unit.start, unit.stop):
             yield _python_row(functools.partial(rows.__getitem__, index))
 
-    def place(self, unit: Unit, row: int) -> str:
+    def place(self, unit: Unit, row: int, before: int | None) -> str:
         return f"{unit.path}: row {unit.start + row}"
 
 
@@ -558,7 +561,7 @@ class _Seqio:
         for row in dataset.as_numpy_iterator():
             yield _plain_row(row)
 
-    def place(self, unit: Unit, row: int) -> str:
+    def place(self, unit: Unit, row: int, before: int | None) -> str:
         return f"seqio {unit.path}: example {row} of shard {unit.start}"
 
 

@@ -174,6 +174,27 @@ def test_storage_that_fails_for_a_while_changes_nothing(kind, tmp_path, monkeypa
     assert caplog.text.count("trying again") == 4
 
 
+def test_own_files_that_storage_refuses_for_a_while_are_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    faults, write = [], preparing.write_json
+
+    def failing(path, value):
+        if path.name not in faults:
+            faults.append(path.name)
+            raise OSError(errno.EIO, "Input/output error")
+        write(path, value)
+
+    whole = prepare(job(source), tmp_path / "whole", processes=1)
+    monkeypatch.setattr(preparing, "write_json", failing)
+    with pytest.raises(retry.StorageError, match="writing .*out failed: .*Input/output"):
+        prepare(job(source), tmp_path / "out", processes=1)
+    faults.clear()
+    patient = dataclasses.replace(job(source), retry_seconds=9)
+    assert prepare(patient, tmp_path / "out", processes=1) == whole
+    assert {PLAN, MANIFEST, "00000.json"} <= set(faults)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_an_output_within_the_source_is_refused(source):
     for out in (source, source / "out", source / "a" / ".." / "out"):
         with pytest.raises(PrepareError, match="lies in the source"):
@@ -296,17 +317,29 @@ BAD = {
 }
 
 
-def test_bad_rows_are_counted_by_kind_and_named(tmp_path):
-    rows = [{"text": t} for t in texts(95)]
+@pytest.mark.parametrize("unit_bytes", [400, sources.UNIT_BYTES])
+def test_bad_rows_are_counted_by_kind_and_named(unit_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
+    rows: list = [{"text": t} for t in texts(95)]
     for place, row in zip((3, 20, 40, 60, 80), BAD.values(), strict=True):
         rows.insert(place, row)
+    rows[30:30] = ["", " "]  # lines that are no rows
     path = write_jsonl(tmp_path / "a.jsonl", rows)
+    read_from = []
+    lines = sources._JsonLines._lines
+
+    def recording(self, unit):
+        read_from.append(unit.start)
+        return lines(self, unit)
+
+    monkeypatch.setattr(sources._JsonLines, "_lines", recording)
     manifest = prepare(job(path, max_bad=0.05), tmp_path / "out", processes=1)
     assert manifest["rows"] == {"read": 100, "bad": dict.fromkeys(sorted(BAD), 1)}
     places = {e["kind"]: e["place"] for e in manifest["bad_examples"]}
     assert places == {
-        kind: f"{path}:{line}" for kind, line in zip(BAD, (4, 21, 41, 61, 81), strict=True)
+        kind: f"{path}:{line}" for kind, line in zip(BAD, (4, 21, 43, 63, 83), strict=True)
     }
+    assert len(read_from) == len(set(read_from)), "a unit is read again to find its lines"
     assert len(documents_of(tmp_path / "out")) == 95
 
 

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -244,10 +245,14 @@ def test_seqio_tasks_and_mixtures(tmp_path):
 
 def test_errors_of_buckets_are_storage_that_may_come_back_or_a_source_that_will_not():
     gcsfs = pytest.importorskip("gcsfs", reason="gcsfs (extra 'gcs') is not installed")
+    logger = logging.getLogger("gcsfs")
+    level = logger.level
     for code, kind in ((503, OSError), (429, OSError), (400, SourceError)):
         said = pytest.raises(kind, match=f"gs://b/x cannot be read: why, {code}")
         with said, paths.bucket_errors("gs://b/x"):
+            assert not logger.isEnabledFor(logging.ERROR)  # its tracebacks would say it again
             raise gcsfs.retry.HttpError({"code": code, "message": "why"})
+    assert logger.level == level
     with pytest.raises(SourceError, match="credentials"), paths.bucket_errors("gs://b/x"):
         raise OSError("Forbidden: gs://b/x")  # what gcsfs makes of a 403
     with pytest.raises(FileNotFoundError), paths.bucket_errors("gs://b/x"):
