@@ -146,6 +146,7 @@ WRONG_DPO = {
     "data__sources": ((), r"dpo_tokens: name preference pairs in config\.data\.sources"),
     "noise__weight": ("flat", r"config\.noise: dpo compares bounds .*weight='elbo'"),
     "noise__edit_rate": (0.1, r"config\.noise: dpo compares bounds .*edit_rate=0"),
+    "noise__later_turns": ("hide", r"config\.noise: dpo compares bounds .*later_turns='learn'"),
     "noise__draw": ("bernoulli", r"dpo compares bounds .*'bernoulli' with t_min=0 and t_max=1"),
 }
 

@@ -79,9 +79,9 @@ def test_settings_are_a_cross_or_all_pairs():
     assert posttrain.settings(decoding, 32) == [Setting(t, b) for b in (8, 32) for t in (0.9, 0.6)]
 
 
-@pytest.mark.parametrize("kept", [{"seconds": 90.0}, {}])
-def test_what_is_finished_takes_the_seconds_that_it_took(tmp_path, kept):
-    """An evaluation of an older version has no note of them."""
+@pytest.fixture
+def evaluated(tmp_path):
+    """The config, arm and training config of an arm that was evaluated at all settings."""
     config = load_config(CONFIGS / "posttrain.py")
     with config.unlocked():
         config.workdir = str(tmp_path)
@@ -92,9 +92,37 @@ def test_what_is_finished_takes_the_seconds_that_it_took(tmp_path, kept):
     asked = {"families": config.families.to_dict(), "tasks": config.tasks.to_dict()}
     path = Path(cfg.workdir) / "evaluation.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"asked": asked, "outcomes": outcomes} | kept))
+    path.write_text(json.dumps({"asked": asked, "outcomes": outcomes, "seconds": 90.0}))
+    return config, arm, cfg, path
+
+
+@pytest.mark.parametrize("seconds", [90.0, None])
+def test_what_is_finished_takes_the_seconds_that_it_took(evaluated, tmp_path, seconds):
+    """An evaluation of an older version has no note of them."""
+    *asked, path = evaluated
+    kept = json.loads(path.read_text())
+    if seconds is None:
+        del kept["seconds"]
+    path.write_text(json.dumps(kept))
+    found = posttrain._decoded(*asked, tmp_path, [], time.perf_counter())
+    assert found == {"outcomes": kept["outcomes"], "seconds": seconds}
+
+
+def test_other_tasks_are_decoded_anew(evaluated, tmp_path, monkeypatch):
+    config, arm, cfg, _ = evaluated
+    with config.unlocked():
+        config.tasks.test += 1
+    monkeypatch.setattr(posttrain, "load_model", lambda model: None)
+    monkeypatch.setattr(posttrain, "Engine", lambda *_, **__: None)
+
+    def outcome(engine, tasks, setting, new):
+        return posttrain.Outcome(setting.threshold, setting.block_size, {"x": [True]}, 1.0, 2.0)
+
+    monkeypatch.setattr(posttrain, "evaluate", outcome)
     found = posttrain._decoded(config, arm, cfg, tmp_path, [], time.perf_counter())
-    assert found == {"outcomes": outcomes, "seconds": kept.get("seconds")}
+    assert all(o["correct"] == {"x": [True]} for o in found["outcomes"])
+    assert len(found["outcomes"]) == len(posttrain.settings(config.decoding, 32))
+    assert found["seconds"] < 60.0  # without those of the outcomes that were let go
 
 
 # ------------------------------------------------------------------------------------- report
