@@ -54,22 +54,27 @@ def forward_flops(
 
     objective: a name of OBJECTIVES. Rows are one document each; documents make attention cheaper.
     """
-    d, h = cfg.hidden_size, cfg.head_dim
     pairs = allowed_pairs(row_length, block_size, objective) / row_length
+    position = position_flops(cfg, pairs / halves(objective))
+    # The clean half does not meet the head.
+    return {n: (1 if n == "head" else halves(objective)) * f for n, f in position.items()}
+
+
+def position_flops(cfg: ModelConfig, keys: float) -> dict[str, float]:
+    """FLOPs of the forward pass over one position that sees so many keys, by part."""
+    d, h = cfg.hidden_size, cfg.head_dim
     expert = 3 * d * cfg.moe_intermediate_size
     projections = d * h * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
-    # Multiply-adds of one position.
-    position = {
+    multiply_adds = {
         "attention projections": cfg.num_layers * projections,
         "dense feed-forward": cfg.num_dense_layers * 3 * d * cfg.intermediate_size,
         "routed experts": cfg.num_moe_layers * cfg.experts_per_token * expert,
         "shared experts": cfg.num_moe_layers * cfg.num_shared_experts * expert,
         "router": cfg.num_moe_layers * d * cfg.num_experts,
+        "attention pairs": cfg.num_layers * 2 * cfg.num_heads * h * keys,
+        "head": d * cfg.vocab_size,
     }
-    parts: dict[str, float] = {n: halves(objective) * count for n, count in position.items()}
-    parts["attention pairs"] = cfg.num_layers * 2 * cfg.num_heads * h * pairs
-    parts["head"] = d * cfg.vocab_size  # the clean half does not meet it
-    return {name: 2.0 * count for name, count in parts.items()}
+    return {name: 2.0 * count for name, count in multiply_adds.items()}
 
 
 @dataclasses.dataclass(frozen=True)

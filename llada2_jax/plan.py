@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,8 +36,10 @@ from llada2_jax.costs import (
     roofline,
     working_bytes,
 )
+from llada2_jax.decode_plan import Requests, plan_decoding, print_decoding
+from llada2_jax.device_memory import Memory, compiled_bytes, gib
 from llada2_jax.errors import EXIT_STATUS, UsageError
-from llada2_jax.hardware import CHIPS, GIB, Slice, slice_named, slices_of
+from llada2_jax.hardware import CHIPS, Slice, slice_named, slices_of
 from llada2_jax.hub import load_bundle
 from llada2_jax.model import build
 from llada2_jax.optimizer import make_optimizer
@@ -94,28 +95,6 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of one device. state: what stays from step to step, by kind. temporaries: of a step.
-    parts: what these are for, computed. compiled: whether temporaries are libtpu's; else they are
-    the sum of parts. seconds: to lower and compile."""
-
-    state: dict[str, float]
-    temporaries: float
-    parts: dict[str, float]
-    limit: float
-    compiled: bool = False
-    seconds: float = 0.0
-
-    @property
-    def peak(self) -> float:
-        return sum(self.state.values()) + self.temporaries
-
-    @property
-    def fits(self) -> bool:
-        return self.peak <= self.limit
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """A run on a slice. work: the phase that was looked at, on the mesh."""
 
@@ -153,7 +132,7 @@ class Plan:
             "block_size": work.block_size,
             "expert_buffer": _expert_buffer(work),
             "fits": memory.fits,
-            "memory_from": "libtpu" if memory.compiled else "computed",
+            "memory_from": memory.source,
             "compile_seconds": round(memory.seconds, 1),
             "bytes": {**memory.state, "temporaries": memory.temporaries, "peak": memory.peak},
             "bytes_limit": memory.limit,
@@ -324,31 +303,8 @@ def compiled_plan(plan: Plan) -> Plan:
     lowered = step.lower(state, _abstract_batch(cfg, work.objective, mesh), context)
     # The step takes no reference: that is a program of its own, whose parameters stay meanwhile.
     held = sum(size for kind, size in plan.memory.state.items() if kind != "reference")
-    try:
-        analysis = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        peak = _needed(str(error))
-        if peak is None:
-            raise
-    else:
-        if analysis is None:
-            raise RuntimeError(f"{plan.slice.name}: the compiler says nothing about memory")
-        kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        peak = analysis.argument_size_in_bytes + kept + analysis.temp_size_in_bytes
-        peak += analysis.generated_code_size_in_bytes
-    seconds = time.perf_counter() - start
-    memory = dataclasses.replace(
-        plan.memory, temporaries=peak - held, compiled=True, seconds=seconds
-    )
+    memory = plan.memory.compiled_to(compiled_bytes(lowered), held, time.perf_counter() - start)
     return dataclasses.replace(plan, memory=memory)
-
-
-def _needed(message: str) -> float | None:
-    """Bytes that a program needs, of the compiler's complaint that there are fewer."""
-    found = re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT])\)", message)
-    if found is None:
-        return None
-    return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
 
 
 def _abstract_batch(cfg: TrainConfig, objective: str, mesh: jax.sharding.Mesh) -> Batch:
@@ -424,10 +380,6 @@ def _least(plan: Plan) -> float:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
-
-
 def _shown(sizes: Mapping[str, int]) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 device"
 
@@ -441,18 +393,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{work.cfg.data.rows_per_step} a step in {work.micro_batches} micro-batches; room for "
         f"{_expert_buffer(work):g} x a balanced load of experts"
     )
-    source = "libtpu" if memory.compiled else "computed, not compiled"
-    table = Table(title=f"Memory of a device ({source})", title_justify="left")
-    table.add_column("kind")
-    table.add_column("GiB", justify="right")
-    for kind, size in memory.state.items():
-        table.add_row(kind, _gib(size))
-    table.add_row("temporaries", _gib(memory.temporaries))
-    for kind, size in memory.parts.items():
-        table.add_row(f"  {kind} (computed)", _gib(size), style="dim")
-    verdict = "fits" if memory.fits else "DOES NOT FIT"
-    table.add_row(f"peak, of {_gib(memory.limit)}: {verdict}", _gib(memory.peak), style="bold")
-    console.print(table)
+    console.print(memory.table())
     if memory.compiled:
         console.print(f"compiled in {memory.seconds:.0f} s")
     _print_time(plan, console)
@@ -475,7 +416,7 @@ def _print_time(plan: Plan, console: Console) -> None:
     table.add_row("compute", "", f"{roof.compute:.3f}")
     table.add_row("memory", "", f"{roof.memory:.3f}")
     for axis, seconds in roof.links.items():
-        table.add_row(f"links, {axis}", f"{_gib(plan.links[axis])} GiB", f"{seconds:.3f}")
+        table.add_row(f"links, {axis}", f"{gib(plan.links[axis])} GiB", f"{seconds:.3f}")
     for name, seconds in (("all overlap", roof.best), ("links in turn", roof.in_turn)):
         rate = f"{roof.tokens / seconds:,.0f} tokens/s, MFU {roof.mfu(seconds):.1%}"
         table.add_row(name, rate, f"{seconds:.3f}", style="bold")
@@ -493,8 +434,8 @@ def print_search(plans: Sequence[Plan], console: Console) -> None:
         table.add_row(
             plan.slice.name,
             _shown(plan.work.sizes),
-            _gib(memory.peak),
-            _gib(memory.limit),
+            gib(memory.peak),
+            gib(memory.limit),
             "yes" if memory.fits else "no",
             f"{roof.tokens / roof.in_turn:,.0f} - {roof.tokens / roof.best:,.0f}",
             f"{roof.mfu(roof.in_turn):.0%} - {roof.mfu(roof.best):.0%}",
@@ -519,20 +460,35 @@ def main(argv: list[str]) -> int:
         },
         slice="the cloud's name of a slice",
         phase="a phase of the config",
+        decode="a batch of requests to decode instead: ROWS,PROMPT,NEW[,BLOCK]",
     )
     if values.print_config:
         print(values.config)
         return 0
     cfg = validate(values.config)
-    if values.search:
+    if values.search and not values.decode:
         return _search_command(cfg, values)
     if not values.slice:
         raise UsageError("--slice is missing: name one, e.g. v5p-32, or give --search")
+    if values.decode:
+        return _decode_command(cfg, values)
     plan = plan_run(cfg, slice_named(values.slice), phase=values.phase, compiled=values.compile)
     if values.json:
         print(json.dumps(plan.record(), indent=1))
     else:
         print_plan(plan, Console(width=100))
+    return 0 if plan.memory.fits else 3
+
+
+def _decode_command(cfg: TrainConfig, values: Any) -> int:
+    if values.search:
+        raise UsageError("--search looks for a slice to train on: leave it out with --decode")
+    requests, slice_ = Requests.parse(values.decode), slice_named(values.slice)
+    plan = plan_decoding(planned_model(cfg), requests, slice_, compiled=values.compile)
+    if values.json:
+        print(json.dumps(plan.record(), indent=1))
+    else:
+        print_decoding(plan, Console(width=100))
     return 0 if plan.memory.fits else 3
 
 
@@ -544,7 +500,7 @@ def _search_command(cfg: TrainConfig, values: Any) -> int:
     with bar(what="plans", unit="plan", delay=0) as shown:
         for plan in search(cfg, slices, phase=values.phase, compiled=values.compile):
             found.append(plan)
-            shown.set_postfix_str(f"{plan.slice.name}: {_gib(plan.memory.peak)} GiB")
+            shown.set_postfix_str(f"{plan.slice.name}: {gib(plan.memory.peak)} GiB")
             shown.update()
     if values.json:
         print(json.dumps([plan.record() for plan in found], indent=1))
@@ -557,7 +513,8 @@ def _search_command(cfg: TrainConfig, values: Any) -> int:
 
 _HELP = f"""\
 usage: llada2 plan --config=configs/NAME.py --slice=NAME [--config.FIELD=VALUE ...]
-                   [--phase=NAME] [--search] [--json] [--nocompile]
+                   [--phase=NAME | --decode=ROWS,PROMPT,NEW[,BLOCK]] [--search] [--json]
+                   [--nocompile]
 
 Whether a run fits a slice, on what mesh, and how fast at best. Compiles the training step for the
 slice with libtpu on this machine (minutes; `make .cache/libtpu/libtpu/libtpu.so` fetches it).
@@ -565,6 +522,8 @@ slice with libtpu on this machine (minutes; `make .cache/libtpu/libtpu/libtpu.so
   --slice=NAME     v5litepod-16, v5p-32, v6e-64, tpu7x-16, h100-80gb-8, ... as the cloud calls it
   --config.mesh.fsdp=N, .expert=N, ...   this mesh instead of the table's or the fastest
   --phase=NAME     a phase of the schedule (default: the one that takes most)
+  --decode=8,4096,1024   the generation program instead of the training step: on each device 8
+                   prompts of 4096 tokens, 1024 to generate, in blocks of 32
   --search         the smallest slice that fits, of --slice's chip, or of all TPUs
   --nocompile      computed memory instead of the compiler's; always so for GPUs
   --json           records for programs

@@ -314,6 +314,46 @@ def _stream(session: _Session) -> Iterator[Generation]:
             return
 
 
+def abstract_generation(
+    cfg: ModelConfig, rows: int, prompt_tokens: int, options: SamplerOptions
+) -> tuple[_Plan, _Request, Carry]:
+    """What the generation program takes besides the parameters, as shapes: for `rows` prompts of
+    `prompt_tokens`. Raises: RequestError, as `generate_tokens`."""
+    special, prompts = SpecialTokens(mask=0, eos=0, pad=0), [[0] * prompt_tokens] * rows
+    _check(cfg, prompts, special, options, None)
+    plans: list[_Plan] = []
+
+    def start() -> tuple[_Request, Carry]:
+        plan, request, carry = _start(cfg, prompts, special, options, range(rows))
+        plans.append(plan)
+        return request, carry
+
+    request, carry = jax.eval_shape(start)
+    return plans[0], request, carry
+
+
+def lower_generation(
+    cfg: ModelConfig,
+    params: Params,
+    rows: int,
+    prompt_tokens: int,
+    options: SamplerOptions,
+    device: Any,
+) -> jax.stages.Lowered:
+    """The generation program for a device, which may be one that is only described.
+
+    params: abstract. Raises: as `abstract_generation`.
+    """
+    plan, *arguments = abstract_generation(cfg, rows, prompt_tokens, options)
+    there = jax.sharding.SingleDeviceSharding(device)
+    limit = jax.ShapeDtypeStruct((), np.int32)
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there),
+        (params, *arguments, limit),
+    )
+    return _advance.lower(cfg, plan, *placed)
+
+
 def compile_count() -> int:
     """How often this process has built the generation program: once per shape bucket."""
     return _builds

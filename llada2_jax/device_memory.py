@@ -1,0 +1,85 @@
+"""Bytes of a device: as the TPU's compiler counts them, or as a sum of what must be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+from rich.table import Table
+
+from llada2_jax.hardware import GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device. state: what is there before and after, by kind. temporaries: while the
+    program runs. parts: what these are for, computed. compiled: whether temporaries are libtpu's;
+    else they are the sum of parts. seconds: to lower and compile."""
+
+    state: dict[str, float]
+    temporaries: float
+    parts: dict[str, float]
+    limit: float
+    compiled: bool = False
+    seconds: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return sum(self.state.values()) + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+    @property
+    def source(self) -> str:
+        return "libtpu" if self.compiled else "computed"
+
+    def compiled_to(self, needed: float, held: float, seconds: float) -> Memory:
+        """With temporaries of a program that needs `needed` bytes, `held` of them the state's."""
+        return dataclasses.replace(self, temporaries=needed - held, compiled=True, seconds=seconds)
+
+    def table(self) -> Table:
+        """For people."""
+        source = self.source if self.compiled else "computed, not compiled"
+        table = Table(title=f"Memory of a device ({source})", title_justify="left")
+        table.add_column("kind")
+        table.add_column("GiB", justify="right")
+        for kind, size in self.state.items():
+            table.add_row(kind, gib(size))
+        table.add_row("temporaries", gib(self.temporaries))
+        for kind, size in self.parts.items():
+            table.add_row(f"  {kind} (computed)", gib(size), style="dim")
+        verdict = "fits" if self.fits else "DOES NOT FIT"
+        table.add_row(f"peak, of {gib(self.limit)}: {verdict}", gib(self.peak), style="bold")
+        return table
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def compiled_bytes(lowered: jax.stages.Lowered) -> float:
+    """Bytes that a program takes on a device while it runs, its arguments and results included;
+    also where the device has fewer. Raises: what else the compiler raises."""
+    try:
+        analysis = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        return needed
+    if analysis is None:
+        raise RuntimeError("the compiler says nothing about memory")
+    kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    size = analysis.argument_size_in_bytes + kept + analysis.temp_size_in_bytes
+    return size + analysis.generated_code_size_in_bytes
+
+
+def _needed(message: str) -> float | None:
+    """Bytes that a program needs, of the compiler's complaint that there are fewer."""
+    found = re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    if found is None:
+        return None
+    return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
