@@ -89,8 +89,11 @@ def test_a_pass_is_limited_by_memory_or_by_matmuls():
     assert many.forward.seconds(slice_) == many.forward.traffic / slice_.chip.hbm_bandwidth
     assert many.prefill.seconds(slice_) == many.prefill.flops / slice_.chip.flops
     # Mini has 1.43B active parameters, as its authors count; a lookup multiplies nothing.
-    active = many.forward.flops / (2 * 8 * 32) - 2 * MINI.num_layers * 16 * 128 * (4096 + 512)
+    pairs = 2 * MINI.num_layers * 16 * 128  # multiply-adds a key
+    active = many.forward.flops / (2 * 8 * 32) - pairs * (4096 + 512)
     assert active == pytest.approx(1.43e9 - table / 2, rel=0.01)
+    without_head = many.prefill.flops / (2 * 8 * 4096) - pairs * 2048
+    assert without_head == pytest.approx(active - table / 2)
     assert one.prefill == Pass(0.0, 0.0)
 
 
