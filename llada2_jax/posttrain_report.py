@@ -41,8 +41,10 @@ def write(work: Path, results: dict[str, Any]) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     families = family_scores(results)
     counted = [name for name, score in families.items() if score >= results["config"]["reached"]]
-    points = {
-        arm: arm_points(runs, counted or list(families)) for arm, runs in results["arms"].items()
+    pooled = counted or list(families)
+    points = {arm: arm_points(runs, pooled) for arm, runs in results["arms"].items()}
+    by_seed = {
+        arm: [arm_points([run], pooled) for run in runs] for arm, runs in results["arms"].items()
     }
     trained = {arm: _trained_block(results, arm) for arm in points}
     for name, members in results["config"]["comparisons"].items():
@@ -58,13 +60,18 @@ def write(work: Path, results: dict[str, Any]) -> Path:
         "seconds_of_all_calls": arm_seconds(results["arms"]),
         "families": families,
         "counted": counted,
-        "points": {arm: [dataclasses.asdict(p) for p in ps] for arm, ps in points.items()},
+        "points": {arm: _records(ps) for arm, ps in points.items()},
+        "by_seed": {arm: [_records(ps) for ps in seeds] for arm, seeds in by_seed.items()},
         "preference": {arm: preference(runs) for arm, runs in results["arms"].items()},
     }
     (work / "report.json").write_text(json.dumps(shown, indent=1))
     path = work / "report.md"
-    path.write_text(_markdown(results, shown, points, trained))
+    path.write_text(_markdown(results, shown, points, by_seed, trained))
     return path
+
+
+def _records(points: Sequence[Point]) -> list[dict[str, float]]:
+    return [dataclasses.asdict(point) for point in points]
 
 
 def arm_seconds(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> float | None:
@@ -138,7 +145,8 @@ def gain(points: Sequence[Point], baseline: Sequence[Point]) -> tuple[float, Poi
 
 
 def preference(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Margin and accuracy of the rewards in the last validation of a DPO run, over seeds."""
+    """Margin and accuracy of the rewards in the last validation of a DPO run, over seeds, and where
+    these are several their standard errors."""
     found = [
         [m for m in run["metrics"] if m["kind"] == "validation" and "reward_margin" in m]
         for run in runs
@@ -146,7 +154,12 @@ def preference(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     if not all(found):
         return {}
     names = ("reward_margin", "reward_accuracy", "pairs")
-    return {n: float(np.mean([lines[-1][n] for lines in found])) for n in names}
+    values = {name: [lines[-1][name] for lines in found] for name in names}
+    means = {name: float(np.mean(each)) for name, each in values.items()}
+    if len(found) == 1:
+        return means
+    errors = {f"{n}_stderr": float(np.std(v, ddof=1) / len(v) ** 0.5) for n, v in values.items()}
+    return means | errors
 
 
 def _trained_block(results: Mapping[str, Any], arm: str) -> int:
@@ -206,7 +219,7 @@ def _plot_blocks(arms: Mapping[str, Sequence[Point]], trained: Mapping[str, int]
 # --------------------------------------------------------------------------------------- markdown
 
 
-def _markdown(results, shown, points: Mapping[str, list[Point]], trained) -> str:
+def _markdown(results, shown, points: Mapping[str, list[Point]], by_seed, trained) -> str:
     machine, config = shown["machine"], results["config"]
     seeds = len(config["seeds"])
     over = "seeds" if seeds > 1 else "tasks"
@@ -230,21 +243,23 @@ def _markdown(results, shown, points: Mapping[str, list[Point]], trained) -> str
         arms = {arm: points[arm] for arm in members}
         lines += _comparison(name, arms, trained)
         if shown["counted"]:
-            lines += _gains(arms, trained)
+            lines += _gains(arms, by_seed, trained)
     rewards = {arm: values for arm, values in shown["preference"].items() if values}
-    if rewards:
-        lines += [
-            "",
-            "## Preferences",
-            "",
-            "| arm | reward margin | reward accuracy | held-out pairs |",
-        ]
-        lines += ["|---|---|---|---|"]
-        lines += [
-            f"| {arm} | {v['reward_margin']:.3f} | {v['reward_accuracy']:.1%} | {v['pairs']:.0f} |"
-            for arm, v in rewards.items()
-        ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + _preferences(rewards)) + "\n"
+
+
+def _preferences(rewards: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if not rewards:
+        return []
+    lines = ["", "## Preferences", ""]
+    lines += ["| arm | reward margin | reward accuracy | held-out pairs |", "|---|---|---|---|"]
+    for arm, values in rewards.items():
+        margin, accuracy = f"{values['reward_margin']:.3f}", f"{values['reward_accuracy']:.1%}"
+        if "reward_margin_stderr" in values:
+            margin += f" ± {values['reward_margin_stderr']:.3f}"
+            accuracy += f" ± {values['reward_accuracy_stderr']:.1%}"
+        lines.append(f"| {arm} | {margin} | {accuracy} | {values['pairs']:.0f} |")
+    return lines
 
 
 def took(seconds: float, all_calls: float | None) -> str:
@@ -270,12 +285,23 @@ def _comparison(name: str, arms: Mapping[str, list[Point]], trained) -> list[str
     return lines
 
 
-def _gains(arms: Mapping[str, list[Point]], trained) -> list[str]:
+def _gains(arms: Mapping[str, list[Point]], by_seed, trained) -> list[str]:
     """What each arm gains over the first."""
     first, *others = arms
-    base = _at_block(arms[first], trained[first])
-    found = {arm: gain(_at_block(arms[arm], trained[arm]), base) for arm in others}
-    return ["", *(_gain_line(arm, value, first) for arm, value in found.items())]
+
+    def found(points, baseline, arm):
+        return gain(_at_block(points, trained[arm]), _at_block(baseline, trained[first]))
+
+    lines = [""]
+    for arm in others:
+        line = _gain_line(arm, found(arms[arm], arms[first], arm), first)
+        pairs = zip(by_seed[arm], by_seed[first], strict=True)
+        seeds = [found(ours, theirs, arm) for ours, theirs in pairs]
+        if len(seeds) > 1:
+            each = ", ".join("never equal" if g is None else f"{g[0]:.2f}" for g in seeds)
+            line += f" Seed by seed: {each}."
+        lines.append(line)
+    return lines
 
 
 def _gain_line(arm: str, found: tuple[float, Point, Point] | None, first: str) -> str:

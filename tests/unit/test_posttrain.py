@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from llada2_jax import posttrain
+from llada2_jax import posttrain, posttrain_report
 from llada2_jax.config import ConfigError, load_config
 from llada2_jax.posttrain import Setting
 from llada2_jax.posttrain_report import (
@@ -190,6 +190,20 @@ def test_gain_compares_the_fastest_settings_of_equal_score():
     assert gain([point(0.7, 7.0)], baseline) is None
 
 
+def test_a_gain_is_told_for_each_seed():
+    """The second seed's arm never reaches its baseline, the third's is twice as fast."""
+    slow, fast, low = point(0.8, 1.0), point(0.8, 2.0), point(0.1, 9.0)
+    by_seed = {"sft": [[slow], [slow], [slow]], "cap": [[slow], [low], [fast]]}
+    arms = {"sft": [slow], "cap": [fast]}
+    [_, line] = posttrain_report._gains(arms, by_seed, {"sft": 32, "cap": 32})
+    assert line.startswith("- cap: 2.00 times the tokens per forward of sft at equal score")
+    assert line.endswith("Seed by seed: 1.00, never equal, 2.00.")
+    [_, line] = posttrain_report._gains(
+        arms, {n: points[:1] for n, points in by_seed.items()}, {"sft": 32, "cap": 32}
+    )
+    assert "Seed by seed" not in line
+
+
 def test_preference_reports_the_last_validation_over_seeds():
     def line(kind, margin, accuracy):
         return {"kind": kind, "reward_margin": margin, "reward_accuracy": accuracy, "pairs": 4.0}
@@ -198,6 +212,8 @@ def test_preference_reports_the_last_validation_over_seeds():
         held_out = [line("validation", 9.0, 0.0), line("validation", margin, 0.75)]
         return {"metrics": [*held_out, line("train", -5.0, 0.5)]}
 
-    expected = {"reward_margin": 1.5, "reward_accuracy": 0.75, "pairs": 4.0}
-    assert preference([run(1.0), run(2.0)]) == expected
+    one = {"reward_margin": 1.0, "reward_accuracy": 0.75, "pairs": 4.0}
+    assert preference([run(1.0)]) == one
+    errors = {"reward_margin_stderr": 0.5, "reward_accuracy_stderr": 0.0, "pairs_stderr": 0.0}
+    assert preference([run(1.0), run(2.0)]) == one | {"reward_margin": 1.5} | errors
     assert preference([{"metrics": [{"kind": "train", "loss": 1.0}]}]) == {}
