@@ -21,6 +21,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +39,7 @@ from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve
 from llada2_jax.data.tokenizer import vocab_size
 from llada2_jax.errors import UsageError, UserError
 from llada2_jax.files import replace_text, sync
+from llada2_jax.folders import TOKENIZER_FILES
 from llada2_jax.retry import storage_failed, with_retries
 from llada2_jax.types import SpecialTokens
 
@@ -155,9 +157,9 @@ def prepare(
         seconds=job.retry_seconds,
         passes=_may_pass,
     )
-    _check_apart(job.source.path, folder)
+    _check_apart(job.source, folder)
     if overwrite:
-        remove(folder)
+        clear(folder)
     own_files = functools.partial(
         with_retries, what=f"writing {folder}", seconds=job.retry_seconds, passes=_may_pass
     )
@@ -180,12 +182,17 @@ def prepare(
     return own_files(lambda: _write_manifest(job, units, files, folder))
 
 
-def _check_apart(source: str, folder: Path) -> None:
-    """What is written must not become part of what is read."""
-    if "://" in source:
+def _check_apart(source: SourceSpec, folder: Path) -> None:
+    """What is written must not become part of what is read, nor the source go with the output."""
+    if "://" in source.path or source.format == "seqio":  # no path of this machine
         return
-    if folder.resolve().is_relative_to(Path(source).expanduser().resolve()):
-        raise PrepareError(f"{folder} lies in the source {source}: name a folder outside of it")
+    read, written = Path(source.path).expanduser().resolve(), folder.resolve()
+    if written.is_relative_to(read):
+        raise PrepareError(
+            f"{folder} lies in the source {source.path}: name a folder outside of it"
+        )
+    if read.is_relative_to(written):
+        raise PrepareError(f"the source {source.path} lies in {folder}: name another folder")
 
 
 def _may_pass(error: Exception) -> bool:
@@ -246,19 +253,33 @@ def _read_own(path: Path, fields: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def remove(folder: str | Path) -> None:
-    """Removes a prepared folder. Raises: PrepareError if that is not what it is; OSError."""
-    folder = Path(folder)
-    begun = (folder / PLAN).exists() or any(_torn_plans(folder))
-    if folder.exists() and any(folder.iterdir()) and not begun:
+def clear(folder: Path) -> None:
+    """Empties a prepared folder. Raises: PrepareError, before anything is removed, if it is none or
+    if it holds what `prepare` does not write; OSError."""
+    inside = list(folder.iterdir()) if folder.exists() else []
+    if inside and not (folder / PLAN).exists() and not any(_torn_plans(folder)):
         raise PrepareError(f"{folder} holds no {PLAN}: it was not prepared, so it is not removed")
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    if folder.exists() and not folder.is_symlink():  # a link stays, for what is written next
-        folder.rmdir()
+    if foreign := sorted(path for path in inside if not _is_own(path)):
+        raise PrepareError(
+            f"{foreign[0]} is not of the prepared data that --overwrite replaces: move it away, or "
+            "choose another folder"
+        )
+    # A unit is not done without its report, and the folder is a prepared one until the end.
+    for path in sorted(inside, key=lambda p: (p.name == PLAN, p.suffix != ".json")):
+        shutil.rmtree(path) if path.name == TOKENIZER else path.unlink()
+
+
+_OWN = re.compile(
+    r"\d{5,}\.(json|(train|validation)\.(array_record|npy))"
+    rf"|{MANIFEST}|{PLAN}|\.(\d{{5,}}\.json|{MANIFEST}|{PLAN})\..+"  # the latter were interrupted
+)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file or folder in a prepared folder is one that `prepare` writes."""
+    if path.name == TOKENIZER and path.is_dir() and not path.is_symlink():
+        return {p.name for p in path.iterdir()} <= set(TOKENIZER_FILES)
+    return _OWN.fullmatch(path.name) is not None and not path.is_dir()
 
 
 def _torn_plans(folder: Path) -> Iterator[Path]:

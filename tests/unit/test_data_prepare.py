@@ -27,8 +27,8 @@ from llada2_jax.data.prepare import (
     MANIFEST,
     PLAN,
     PrepareError,
+    clear,
     prepare,
-    remove,
 )
 from llada2_jax.data.prepared import PreparedDocuments, PreparedError, read_manifest
 from llada2_jax.data.sources import SourceError
@@ -202,6 +202,29 @@ def test_an_output_within_the_source_is_refused(source):
     assert not (source / "out").exists()
 
 
+def test_overwriting_removes_nothing_but_what_was_prepared(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(job(source), out, processes=1)
+    (out / "raw").mkdir()
+    write_jsonl(out / "raw" / "a.jsonl", [{"text": "x"}])
+    before = contents(out)
+    for inside in (out / "raw", out / "raw" / "a.jsonl", tmp_path / "in" / ".." / "out" / "raw"):
+        with pytest.raises(PrepareError, match="the source .* lies in .*: name another folder"):
+            prepare(job(inside), out, processes=1, overwrite=True)
+    (out / "raw").rename(out / "tokenizer" / "raw")
+    for left in ("tokenizer/raw", "notes.txt", "00000.json.orig", "00000.train.array_record.bak"):
+        if left != "tokenizer/raw":
+            (out / left).write_text("mine")
+        before = contents(out)
+        with pytest.raises(PrepareError, match=f"{left.split('/')[0]} is not of the prepared data"):
+            prepare(job(source, bos=False), out, processes=1, overwrite=True)
+        assert contents(out) == before
+        (out / left).rename(tmp_path / left.replace("/", "-"))
+    prepare(job(source), out, processes=1, overwrite=True)
+    prepare(job(source), tmp_path / "whole", processes=1)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_a_linked_output_is_overwritten(source, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")
@@ -221,8 +244,8 @@ def test_a_plan_whose_writing_was_interrupted_is_no_other_file(source, tmp_path)
     torn = tmp_path / "torn"
     torn.mkdir()
     (torn / f".{PLAN}.123").write_text("{")
-    remove(torn)
-    assert not torn.exists()
+    clear(torn)
+    assert not list(torn.iterdir())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -283,9 +306,9 @@ def test_a_folder_of_another_job_is_left_alone(source, tmp_path):
     with pytest.raises(PrepareError, match="other holds other files"):
         prepare(job(source), tmp_path / "other", processes=1)
     with pytest.raises(PrepareError, match=f"holds no {PLAN}"):
-        remove(source)
-    remove(tmp_path / "out")
-    assert not (tmp_path / "out").exists() and source.exists()
+        clear(source)
+    clear(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir()) and list(source.iterdir())
 
 
 def test_long_documents_are_read_in_pieces(tmp_path, monkeypatch):
