@@ -451,19 +451,26 @@ def read_bundle(path: str | os.PathLike[str]) -> ModelBundle:
     path = require_checkpoint(Path(path))
     has_tokenizer = (path / TOKENIZER / "metadata").is_file()
     model, tokenizer = read_item(path, MODEL), read_item(path, TOKENIZER) if has_tokenizer else {}
+    _check_items(path, {MODEL: model, TOKENIZER: tokenizer})
+    return ModelBundle.from_items(model, tokenizer)
+
+
+def read_train_item(path: Path) -> dict[str, Any]:
+    """The item `train` of a training checkpoint. Raises: CheckpointError where there is none, or a
+    damaged one, where the checkpoint has checksums."""
+    item = read_item(path, TRAIN)
+    _check_items(path, {TRAIN: item})
+    return item
+
+
+def _check_items(path: Path, items: Mapping[str, Any]) -> None:
     wanted = read_checksums(path)
-    for name, item in ((MODEL, model), (TOKENIZER, tokenizer)):
+    for name, item in items.items():
         if wanted and wanted.get(name) != checksums.json_checksum(item):
             raise CheckpointError(
                 f"{path}: the item {name} is damaged: its checksum differs from the one taken when "
                 "it was saved; use another checkpoint"
             )
-    return ModelBundle.from_items(model, tokenizer)
-
-
-def read_train_item(path: Path) -> dict[str, Any]:
-    """The item `train` of a training checkpoint. Raises CheckpointError where there is none."""
-    return read_item(path, TRAIN)
 
 
 def read_item(path: Path, name: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Retention:
     """Which checkpoints stay: the newest, of each kind of validation loss the best, and the first
-    one past each multiple of `every` steps (0: none of those).
+    one past each multiple of `every_tokens` (0: none of those).
 
     Losses of different kinds (another block size, another phase) do not compare, so each kind has
     its own best.
@@ -53,7 +53,8 @@ class Retention:
 
     last: int
     best: int
-    every: int = 0
+    every_tokens: int = 0
+    tokens_per_step: int = 1
 
     def kept(self, scores: Mapping[int, Mapping[str, Any]]) -> set[int]:
         """The steps to keep, of {step: validation scores, or {} where none were taken}."""
@@ -66,8 +67,9 @@ class Retention:
                 kinds.setdefault(str(scores[step].get("kind")), []).append((value, step))
         for ranked in kinds.values():
             kept |= {step for _, step in sorted(ranked)[: self.best]}
-        if self.every:
-            firsts = {step // self.every: step for step in reversed(steps)}
+        if self.every_tokens:
+            passed = {step: step * self.tokens_per_step // self.every_tokens for step in steps}
+            firsts = {passed[step]: step for step in reversed(steps)}
             kept |= {step for multiple, step in firsts.items() if multiple}
         return kept
 
@@ -82,8 +84,9 @@ class TrainCheckpoints:
     def __init__(self, workdir: Path, cfg: CheckpointConfig, *, tokens_per_step: int = 1):
         self.folder = (Path(workdir) / "checkpoints").absolute()
         self._mark = self.folder.with_name(BEGUN)
-        every = -(-cfg.keep_every_tokens // tokens_per_step)
-        self._retention = Retention(cfg.keep_last, cfg.keep_best, every)
+        self._retention = Retention(
+            cfg.keep_last, cfg.keep_best, cfg.keep_every_tokens, tokens_per_step
+        )
         self._cfg = cfg
         self._checkpointer = _checkpointer()
         self._thread: threading.Thread | None = None
@@ -227,8 +230,12 @@ class TrainCheckpoints:
     def _read_scores(self, step: int) -> Mapping[str, Any]:
         path = self.folder / str(step)
         read = functools.partial(checkpoint.read_train_item, path)
-        with contextlib.suppress(CheckpointError, KeyError, TypeError):
+        try:
             return self._patiently(read, f"reading {path}")["metrics"]["validation"] or {}
+        except CheckpointError as error:
+            _log.warning("checkpoint %d counts as not measured: %s", step, describe(error))
+        except (KeyError, TypeError):  # it was saved without
+            pass
         return {}
 
     # ---- restoring -------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from llada2_jax.config import CheckpointConfig
 from llada2_jax.data.loader import batches
 from llada2_jax.data.packing import PackedRows, TokenizedDocuments
 from llada2_jax.hub import load_model
-from llada2_jax.merge import merge_checkpoints
+from llada2_jax.merge import merge_checkpoints, select_best
 from llada2_jax.model import build
 from llada2_jax.retry import StorageError
 from llada2_jax.train_checkpoints import Retention, TrainCheckpoints
@@ -308,6 +308,24 @@ def test_other_readers_notice_json_that_was_changed(run, tmp_path, item):
         merge_checkpoints([run / "checkpoints/2", run / "checkpoints/3"], tmp_path / "out")
 
 
+def test_a_changed_score_decides_nothing(tmp_path, caplog):
+    """Neither what is merged, nor what is deleted: the best undisturbed one stays."""
+    checkpoints = TrainCheckpoints(tmp_path, dataclasses.replace(CFG, keep_last=9))
+    for step, value in ((1, 5.0), (2, 4.0), (3, 3.0)):
+        save(checkpoints, step, bits_per_byte=value, kind="ar")
+    checkpoints.close()
+    assert [c.step for c in select_best(tmp_path, 1).chosen] == [3]
+    path = tmp_path / "checkpoints/1/train/metadata"
+    path.write_text(path.read_text().replace("5.0", "1.0"))
+    with pytest.raises(CheckpointError, match=r"checkpoints/1: the item train is damaged"):
+        select_best(tmp_path, 1)
+    checkpoints = TrainCheckpoints(tmp_path, dataclasses.replace(CFG, keep_last=1, keep_best=1))
+    assert "checkpoint 1 counts as not measured" in caplog.text
+    save(checkpoints, 4, bits_per_byte=3.5, kind="ar")
+    checkpoints.close()
+    assert checkpoints.steps() == [3, 4]
+
+
 def test_training_saves_whole_slices_of_the_leading_axes():
     """Experts of flash in fp32, on one device and on eight, and tables that have no such slices."""
     (device,) = jax.devices()[:1]
@@ -456,8 +474,18 @@ def test_the_newest_the_best_of_each_kind_and_every_so_often():
     scores[10] = {}  # saved on a preemption: not measured
     assert Retention(last=2, best=1).kept(scores) == {9, 10, 3, 6}
     assert Retention(last=1, best=2).kept(scores) == {10, 3, 4, 6, 7}
-    assert Retention(last=1, best=0, every=4).kept(scores) == {10, 4, 8}
-    assert Retention(last=1, best=0, every=3).kept({2: {}, 4: {}, 5: {}, 7: {}}) == {4, 7}
+    assert Retention(last=1, best=0, every_tokens=4).kept(scores) == {10, 4, 8}
+    assert Retention(last=1, best=0, every_tokens=3).kept({2: {}, 4: {}, 5: {}, 7: {}}) == {4, 7}
+
+
+def test_every_so_often_is_counted_in_tokens(tmp_path):
+    """Also where a multiple is not a whole number of steps: the rest does not add up."""
+    cfg = dataclasses.replace(CFG, keep_last=1, keep_every_tokens=10_000)
+    checkpoints = TrainCheckpoints(tmp_path, cfg, tokens_per_step=3000)
+    for step in (4, 7, 8, 9):
+        save(checkpoints, step)
+    checkpoints.close()
+    assert checkpoints.steps() == [4, 7, 9]
 
 
 def test_without_bits_per_byte_the_loss_decides():
