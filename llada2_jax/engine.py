@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from llada2_jax.checkpoint import ModelBundle
+from llada2_jax.data.tokenizer import whole_tokenizer
 from llada2_jax.hub import load_model
 from llada2_jax.sampler import (
     Generation,
@@ -102,7 +102,7 @@ class Engine:
             raise RequestError(f"max_batch={max_batch}: must be at least 1")
         self.bundle, self.max_batch = bundle, max_batch
         text = bundle.tokenizer_files.get("tokenizer.json")
-        self.tokenizer = None if text is None else Tokenizer.from_str(text)
+        self.tokenizer = None if text is None else whole_tokenizer(text)
         self.defaults = default_options(bundle.generation)
         self.add_bos = bool(_default(bundle.generation, "add_bos", bool))
         if self.add_bos and bundle.special.bos is None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from llada2_jax.data.chat import LLADA2_TEMPLATE, ChatTemplate, ChatTokens, template_of
 from llada2_jax.data.examples import BadRow, Encoder, Example, short
 from llada2_jax.data.preferences import PreferencePairs
-from llada2_jax.data.tokenizer import encode_text, vocab_size
+from llada2_jax.data.tokenizer import encode_text, vocab_size, whole_tokenizer
 from llada2_jax.types import SpecialTokens
 
 CONTENTS = ("text", "tokens", "chat", "preference")
@@ -49,9 +49,7 @@ def make_encoder(
     options: EncodeOptions, tokenizer_files: dict[str, str], special: SpecialTokens
 ) -> Encoder:
     """The function from a row to an Example. Raises: ValueError for options that do not fit."""
-    tokenizer = Tokenizer.from_str(tokenizer_files["tokenizer.json"])
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = whole_tokenizer(tokenizer_files["tokenizer.json"])
     if options.content == "text":
         encode = TextRows(options, tokenizer, special)
     elif options.content == "tokens":

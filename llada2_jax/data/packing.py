@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from llada2_jax import progress
 from llada2_jax.data.documents import Document
 from llada2_jax.data.epochs import EpochPlans
+from llada2_jax.data.tokenizer import whole_tokenizer
 
 
 class Documents(Protocol):
@@ -100,7 +101,7 @@ def tokenize(
     documents = list(documents)
     if not documents:
         raise ValueError("no documents to tokenize: the source is empty for this split")
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer = whole_tokenizer(tokenizer.to_str())
     tokenizer.encode_special_tokens = True
     start, rows = [] if bos is None else [bos], []
     with progress.bar(what="tokenizing", total=len(documents), unit="document") as bar:

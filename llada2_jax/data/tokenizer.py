@@ -58,6 +58,15 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     }
 
 
+def whole_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, without the truncation and padding that it may ask for:
+    they are for batches of another program, and would lose text here."""
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text. Raises: BadRow("not_utf8") for lone surrogates, which JSON can spell."""
     try:

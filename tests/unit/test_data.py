@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from llada2_jax.config import DataConfig
 from llada2_jax.data.corpus import Corpus, Source, load_corpus
@@ -273,6 +274,15 @@ def test_reserved_names_in_a_text_are_text(tokenizer):
     assert not set(tokens[1:-1]) & set(range(len(RESERVED)))
     # The caller's tokenizer is left as it was.
     assert tokenizer.encode(MASK, add_special_tokens=False).ids == [0]
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_what_a_tokenizer_does_to_batches_is_not_done_to_documents(tokenizer, setting):
+    cutting = Tokenizer.from_str(tokenizer.to_str())
+    cutting.enable_truncation(8) if setting == "truncation" else cutting.enable_padding()
+    docs = [Document(1, "a", TEXT), Document(2, "b", "y")]
+    found, want = (tokenize(docs, t, eos=EOS_ID, bos=BOS_ID) for t in (cutting, tokenizer))
+    assert found.digest == want.digest
 
 
 def test_tokenized_documents_keep_their_bounds(tokenizer):

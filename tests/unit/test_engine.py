@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 import llada2_jax.engine
 from llada2_jax.checkpoint import ModelBundle
@@ -48,6 +49,15 @@ def test_text_in_text_out(engine):
     assert (completion.trajectory.accepted_at >= 0).all()
     assert (completion.trajectory.confidence > 0).all()
     assert engine.generate("a text").trajectory is None
+
+
+def test_a_prompt_is_read_whole(bundle, engine):
+    """Whatever truncation tokenizer.json asks for."""
+    cutting = Tokenizer.from_str(bundle.tokenizer_json())
+    cutting.enable_truncation(3)
+    engine_of_it = Engine(dataclasses.replace(bundle, tokenizer_files=tokenizer_files(cutting)))
+    text = "a short text to learn from"
+    assert engine_of_it.encode(text) == engine.encode(text) and len(engine.encode(text)) > 3
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 5}], ids=str)
