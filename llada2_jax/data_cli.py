@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,7 +233,7 @@ def _summary(manifest: dict[str, Any]) -> str:
         )
     files, rows = manifest["files"], manifest["rows"]
     if files:
-        such = f" (such as {files['example']})" if files["left_out"] else ""
+        such = f" (such as {_shown(files['example'])})" if files["left_out"] else ""
         lines.append(
             f"{files['read']:,} files of format {manifest['source']['format']} read, "
             f"{files['left_out']:,} left out{such}"
@@ -241,6 +242,11 @@ def _summary(manifest: dict[str, Any]) -> str:
     lines.append(f"{rows['read']:,} rows read, {bad:,} bad")
     lines += [f"  {n:,} {kind}: {BAD_ROW_KINDS[kind]}" for kind, n in rows["bad"].items()]
     return "\n".join(lines)
+
+
+def _shown(path: str) -> str:
+    """A path that can be printed, also where its bytes are not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 # ----------------------------------------------------------------------------- inspect, bench

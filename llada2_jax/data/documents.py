@@ -23,8 +23,10 @@ class Document:
 
 
 def stable_hash(text: str) -> int:
-    """31-bit hash that is the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+    """31-bit hash that is the same on every machine and in every process; also of names of files
+    that are not UTF-8, as Python has them (PEP 383)."""
+    data = text.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.sha256(data).digest()[:4], "big") >> 1
 
 
 def split_of(name: str) -> str:

@@ -70,8 +70,8 @@ def matched(root: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
     if not any(c in root.name for c in "*?["):
         return [], []
     found = list(root.parent.glob(root.name))
-    folders = [f for f in found if f.is_dir()]
-    return [f for f in found if f not in folders], folders
+    folders = {f for f in found if f.is_dir()}
+    return [f for f in found if f not in folders], list(folders)
 
 
 def walk(root: epath.Path) -> Iterator[epath.Path]:

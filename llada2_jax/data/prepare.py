@@ -52,6 +52,7 @@ CHUNK_TOKENS = 1 << 16
 # little of the others, only where more than half are bad.
 ROWS_TO_JUDGE, HOPELESS = 1000, 0.5
 EXAMPLES_KEPT, EXAMPLES_TOLD = 5, 100  # bad rows: of a kind in a unit; in the manifest
+_SHARD_OPTIONS = "group_size:1,zstd:3"
 REPORT_FIELDS = ("size", "lines", "rows", "bad", "shown", "splits")
 
 INDEX = np.dtype(
@@ -409,7 +410,7 @@ class _Shard:
     def __init__(self, path: Path):
         self._path = path
         with self._storage_errors():
-            self._writer = ArrayRecordWriter(f"{path}.array_record", "group_size:1,zstd:3")
+            self._writer = ArrayRecordWriter(os.fsencode(f"{path}.array_record"), _SHARD_OPTIONS)
         self._entries: list[tuple[int, ...]] = []
         self._records = 0
         self._weights: set[float] = set()

@@ -14,6 +14,7 @@ import gzip
 import importlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -240,10 +241,14 @@ class _Text:
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
         groups: list[list[tuple[str, int]]] = [[]]
+        filled = 0  # bytes in the last group
         for file, name in _files(spec):
-            if sum(size for _, size in groups[-1]) >= UNIT_BYTES or len(groups[-1]) >= UNIT_ROWS:
+            if filled >= UNIT_BYTES or len(groups[-1]) >= UNIT_ROWS:
                 groups.append([])
-            groups[-1].append((name, file.stat().length))
+                filled = 0
+            size = file.stat().length
+            groups[-1].append((name, size))
+            filled += size
         root = root_of(spec.path)
         base = root if root.is_dir() else root.parent
         return [self._unit(base, *zip(*group, strict=True)) for group in groups]
@@ -453,7 +458,7 @@ class _ArrayRecord:
         with open(path, "rb"):  # the library takes a file that it cannot open for an empty one
             pass
         try:
-            return module.ArrayRecordReader(path)
+            return module.ArrayRecordReader(os.fsencode(path))
         except (RuntimeError, ValueError) as error:
             if system_call_failed(error):
                 raise OSError(str(error)) from error

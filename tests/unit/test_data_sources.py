@@ -4,14 +4,19 @@ import errno
 import importlib
 import json
 import logging
+import os
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from tokenizers import Tokenizer
 
+from llada2_jax import data_cli
 from llada2_jax.data import paths, sources
+from llada2_jax.data.documents import stable_hash
 from llada2_jax.data.examples import BadRow
 from llada2_jax.data.prepare import (
     MANIFEST,
@@ -146,6 +151,70 @@ def test_nothing_is_left_out_without_a_word(tmp_path, caplog):
         (folder / "*[bn]*", {"read": 3, "left_out": 2, "example": str(folder / "link")}),
     ):
         assert sources.survey(SourceSpec(str(path), "jsonl")) == counts
+
+
+@pytest.mark.parametrize("kind", [k for k in FORMATS if k != "huggingface"])
+def test_names_that_are_not_utf8_are_names(kind, tmp_path, capsysbinary):
+    """Of folders, of files, of what is left out. (The library of `huggingface` takes none.)"""
+    odd = os.fsdecode(b"caf\xe9")
+    folder, tokenizer, out = tmp_path / odd, tmp_path / "tokenizer", tmp_path / "out"
+    (tmp_path / "in").mkdir()
+    FORMATS[kind](tmp_path / "in", texts(20))
+    (tmp_path / "in").rename(folder)
+    for file in [p for p in folder.rglob("*") if p.is_file()]:
+        file.rename(file.with_name(odd + file.name))
+    (folder / f"{odd}.csv").touch()
+    tokenizer.mkdir()
+    for name, text in files().items():
+        (tokenizer / name).write_text(text)
+    command = ["prepare", str(folder), str(out), "--tokenizer", str(tokenizer)]
+    for _ in range(2):  # the second time nothing is left to do
+        assert data_cli.main(command) == 0
+        assert rb"(such as " + bytes(tmp_path) + rb"/caf\xe9/caf\xe9.csv)" in (
+            capsysbinary.readouterr().out
+        )
+    assert sorted(t for t, _ in documents_of(out)) == sorted(texts(20))
+    place = PreparedDocuments(out, "train").place(0)
+    assert place.startswith(str(folder / odd if kind != "text" else folder)) and odd in place
+
+
+def test_hashes_of_names_stay_as_they_are():
+    assert stable_hash("é.txt:0:1") == 1123000069
+    assert stable_hash(os.fsdecode(b"\xe9.txt")) == 502903290
+
+
+def test_planning_takes_time_in_proportion_to_the_files(tmp_path, monkeypatch):
+    additions = []
+
+    class Size(int):
+        def __add__(self, other):
+            additions.append(1)
+            return Size(int(self) + int(other))
+
+        __radd__ = __add__
+
+    names = [f"{i}.txt" for i in range(300)]
+    for name in names:
+        (tmp_path / name).touch()
+    file = types.SimpleNamespace(stat=lambda: types.SimpleNamespace(length=Size(1)))
+    monkeypatch.setattr(sources, "_files", lambda spec: [(file, name) for name in names])
+    (unit,) = plan(SourceSpec(str(tmp_path), "text"))
+    assert unit.size == 300 and len(additions) <= 2 * 300
+
+    comparisons = []
+
+    class Entry(type(epath.Path())):
+        def __eq__(self, other):
+            comparisons.append(1)
+            return super().__eq__(other)
+
+        __hash__ = type(epath.Path()).__hash__
+
+    for i in range(300):
+        (tmp_path / f"{i}").mkdir()
+    found, folders = paths.matched(Entry(tmp_path) / "*")
+    assert sorted(f.name for f in found) == sorted(names) and len(folders) == 300
+    assert len(comparisons) <= 2 * 600
 
 
 def test_json_that_is_no_lines_is_bad_rows(tmp_path):
