@@ -115,7 +115,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     meaning.add_argument(
         "--prompt-field",
         default="",
-        help="a row's field that holds what stands before it and is not learned",
+        help="a row's field that holds what stands before it and is not learned (of pairs: prompt)",
     )
     meaning.add_argument(
         "--template",

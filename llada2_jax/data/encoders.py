@@ -21,7 +21,8 @@ CONTENTS = ("text", "tokens", "chat", "preference")
 @dataclasses.dataclass(frozen=True)
 class EncodeOptions:
     """content: what rows hold, one of CONTENTS. field: of "text" and "tokens" (empty: that name).
-    prompt_field: of what stands before it and is not learned (empty: nothing does).
+    prompt_field: of what stands before it and is not learned (empty: nothing does; the prompt of
+    pairs: "prompt").
     template: "tokenizer" (its own), "llada2" (built in) or Jinja text. today: for templates that
     write a date. loss_turns: "all" assistant turns or the "last". system: opens conversations that
     have no system message. bos: open texts with the bos token, if there is one. row_length: longest
@@ -69,7 +70,9 @@ def _chat_encoder(options: EncodeOptions, tokenizer_files, tokenizer, special) -
         options.loss_turns,
         options.system,
     )
-    return chat if options.content == "chat" else PreferencePairs(chat)
+    if options.content == "chat":
+        return chat
+    return PreferencePairs(chat, options.prompt_field or "prompt")
 
 
 def _template(

@@ -398,8 +398,14 @@ Q, GOOD, BAD = said("user", "q"), said("assistant", "good"), said("assistant", "
         {"prompt": "q", "chosen": [Q, GOOD], "rejected": [Q, BAD]},
         {"chosen": [Q, GOOD], "rejected": [Q, BAD]},
         {"prompt": None, "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        {"prompt": " q\n", "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        {"prompt": "q", "chosen": [{**Q, "score": 1.0}, GOOD], "rejected": [Q, BAD]},
+        {"prompt": "q", "chosen": [Q, GOOD], "rejected": [BAD]},
+        {"prompt": [Q], "chosen": GOOD, "rejected": BAD},
+        {"prompt": {"from": "human", "value": "q"}, "chosen": {"from": "gpt", "value": "good"},
+         "rejected": {"from": "gpt", "value": "bad"}},
     ],
-)
+)  # fmt: skip
 def test_pairs_in_the_usual_forms(row):
     example = encoder(content="preference")(row)
     first, second = example.tokens[: example.chosen], example.tokens[example.chosen :]
@@ -409,6 +415,58 @@ def test_pairs_in_the_usual_forms(row):
         ("good<|role_end|><|endoftext|>", 1.0),
         ("bad<|role_end|><|endoftext|>", 1.0),
     ]
+
+
+S = said("system", "be kind")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": [S, Q, GOOD], "rejected": [S, Q, BAD]},
+        {"prompt": [S, Q], "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        {"prompt": [S, Q], "chosen": [S, Q, GOOD], "rejected": [S, Q, BAD]},
+        {"prompt": [S, Q], "chosen": "good", "rejected": "bad"},
+        {"prompt": [S], "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        {"system": "be kind", "prompt": "q", "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        {"system": "be kind", "prompt": "q", "chosen": [S, Q, GOOD], "rejected": [S, Q, BAD]},
+        {"chosen": [S, Q, GOOD], "rejected": [S, Q, BAD]},
+    ],
+)
+def test_pairs_with_a_system_turn(row):
+    example = encoder(content="preference")(row)
+    first, second = example.tokens[: example.chosen], example.tokens[example.chosen :]
+    assert decode(first) == LLADA2.render([S, Q, GOOD]) + "<|endoftext|>"
+    assert decode(second) == LLADA2.render([S, Q, BAD]) + "<|endoftext|>"
+
+
+HELLO, MORE = said("assistant", "hello"), said("user", "more")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "head"),
+    [
+        ("q", [Q, HELLO, MORE]),  # the first turn of several
+        ("more", [Q, HELLO, MORE]),  # the last
+        ([Q, HELLO, MORE], [Q, HELLO, MORE]),
+        ("q", [HELLO, Q]),  # the assistant opens
+        ("q", [said("system", "a"), said("system", "b"), Q]),
+    ],
+)
+def test_a_prompt_of_several_turns_comes_once_and_is_not_learned(prompt, head):
+    row = {"prompt": prompt, "chosen": [*head, GOOD], "rejected": [*head, BAD]}
+    example = encoder(content="preference")(row)
+    assert decode(example.tokens[: example.chosen]) == LLADA2.render([*head, GOOD]) + (
+        "<|endoftext|>"
+    )
+    assert [t.split("<")[0] for t, _ in learned(example)] == ["good", "bad"]
+
+
+def test_the_field_of_the_prompt_may_have_another_name():
+    encode = encoder(content="preference", prompt_field="conversations")
+    row = {"conversations": [{"from": "human", "value": "q"}], "chosen": GOOD, "rejected": BAD}
+    same = encoder(content="preference")({"prompt": "q", "chosen": "good", "rejected": "bad"})
+    np.testing.assert_array_equal(encode(row).tokens, same.tokens)
 
 
 def test_answers_of_the_prompt_are_not_learned():
@@ -437,8 +495,15 @@ def test_answers_of_the_prompt_are_not_learned():
         ({"chosen": [GOOD], "rejected": [BAD]}, "wrong_type"),
         ({"prompt": "q", "chosen": [said("user", "x")], "rejected": "b"}, "no_assistant_turn"),
         ({"prompt": "<|mask|>", "chosen": "a", "rejected": "b"}, "mask_token"),
+        ({"prompt": "other", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "wrong_type"),
+        ({"prompt": "other", "chosen": [Q, GOOD], "rejected": "bad"}, "wrong_type"),
+        ({"prompt": [HELLO, Q], "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "wrong_type"),
+        ({"prompt": [S, Q], "chosen": [said("system", "x"), Q, GOOD], "rejected": [Q, BAD]},
+         "two_systems"),
+        ({"prompt": "q", "chosen": [S, Q, GOOD], "rejected": [S, Q, BAD], "system": "x"},
+         "two_systems"),
     ],
-)
+)  # fmt: skip
 def test_bad_pairs_by_kind(row, kind):
     with pytest.raises(BadRow) as bad:
         encoder(content="preference")(row)
