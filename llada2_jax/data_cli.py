@@ -133,7 +133,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=0,
         metavar="N",
-        help="refuse chats whose prompt fills a row of N tokens",
+        help="refuse rows whose prompt (of pairs: twice) fills a row of N tokens",
     )
 
     writing = parser.add_argument_group("writing")

@@ -173,16 +173,18 @@ def _numbers(value: Any, field: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class WithinRow:
-    """Refuses examples whose prompt leaves nothing to learn within `row_length` tokens."""
+    """Refuses examples whose prompt leaves nothing to learn within `row_length` tokens. The texts
+    of a pair share a row, so they have that many together."""
 
     encode: Encoder
     row_length: int
 
     def __call__(self, row: dict[str, Any]) -> Example:
         example = self.encode(row)
-        if example.first_supervised >= self.row_length:
+        prompts = [text.first_supervised for text in example.texts()]
+        if sum(prompts) + len(prompts) > self.row_length:  # a token to learn in each
             raise BadRow(
                 "prompt_fills_row",
-                f"the prompt has {example.first_supervised} tokens, a row {self.row_length}",
+                f"the prompt has {' and '.join(map(str, prompts))} tokens, a row {self.row_length}",
             )
         return example

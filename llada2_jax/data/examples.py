@@ -57,6 +57,16 @@ class Example:
     weights: np.ndarray
     chosen: int = 0
 
+    def texts(self) -> list[Example]:
+        """Both texts of a pair, else the one there is."""
+        if not self.chosen:
+            return [self]
+        cut = self.chosen
+        return [
+            Example(self.tokens[:cut], self.weights[:cut]),
+            Example(self.tokens[cut:], self.weights[cut:]),
+        ]
+
     @property
     def first_supervised(self) -> int:
         """Offset of the first token with a weight; the length if there is none."""

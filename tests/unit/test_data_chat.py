@@ -375,6 +375,17 @@ def test_prompts_that_fill_a_row():
     assert bad.value.kind == "prompt_fills_row"
 
 
+def test_the_prompts_of_a_pair_fill_a_row_together():
+    row = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    pair = encoder(content="preference")(row)
+    prompt = pair.first_supervised
+    kept = encoder(content="preference", row_length=2 * prompt + 2)(row)
+    np.testing.assert_array_equal(kept.tokens, pair.tokens)
+    with pytest.raises(BadRow, match=f"{prompt} and {prompt} tokens") as bad:
+        encoder(content="preference", row_length=2 * prompt + 1)(row)
+    assert bad.value.kind == "prompt_fills_row"
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="content='images': choose one of"):
         EncodeOptions(content="images")
