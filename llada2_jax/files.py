@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 
+def temporary_of(path: Path) -> Path:
+    """Where a file is written before it takes its name: in the same folder."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a file that is there whole, and on disk, or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     with temporary.open("w") as file:
         file.write(text)
         file.flush()

@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,11 @@ from tokenizers import Tokenizer
 from llada2_jax.data.documents import stable_hash
 from llada2_jax.data.encoders import EncodeOptions, make_encoder
 from llada2_jax.data.examples import BAD_ROW_KINDS, BadRow, Encoder, Example, encode_record
+from llada2_jax.data.folder_lock import LOCK, FolderLock, end_with_parent, lock_folder
 from llada2_jax.data.sources import SourceSpec, Unit, place, plan, read, resolve_format, survey
 from llada2_jax.data.tokenizer import vocab_size
 from llada2_jax.errors import UsageError, UserError
-from llada2_jax.files import replace_text, sync
+from llada2_jax.files import replace_text, sync, temporary_of
 from llada2_jax.folders import TOKENIZER_FILES
 from llada2_jax.retry import storage_failed, with_retries
 from llada2_jax.types import SpecialTokens
@@ -143,7 +144,7 @@ def prepare(
       progress: wraps the stream of unit reports (a progress bar); it sees the units still to do.
 
     Raises: SourceError, TemplateError, PrepareError (too many bad rows, another job's folder),
-    StorageError.
+    LockedError (another process writes it), StorageError.
     """
     if "://" in str(folder):
         raise PrepareError(
@@ -159,28 +160,36 @@ def prepare(
         passes=_may_pass,
     )
     _check_apart(job.source, folder)
-    if overwrite:
-        clear(folder)
     own_files = functools.partial(
         with_retries, what=f"writing {folder}", seconds=job.retry_seconds, passes=_may_pass
     )
-    own_files(lambda: _record_plan(folder, job, units))
+    own_files(lambda: _make(folder))
+    with own_files(lambda: lock_folder(folder)) as lock:
+        if overwrite:
+            clear(folder)
+        own_files(lambda: _record_plan(folder, job, units))
+        _do_units(job, units, folder, lock, processes or os.cpu_count() or 1, progress)
+        return own_files(lambda: _write_manifest(job, units, files, folder))
+
+
+def _do_units(
+    job: Job, units: list[Unit], folder: Path, lock: FolderLock, processes: int, progress
+) -> None:
+    """Does those that are not done. Raises: as prepare."""
     done = {i for i in range(len(units)) if (folder / f"{i:05d}.json").exists()}
     left = [i for i in range(len(units)) if i not in done]
     tally = Tally(job, dict(enumerate(units)))
     source_size = sum(unit.size for unit in units)
     for i in sorted(done):
         tally.add(_read_own(folder / f"{i:05d}.json", REPORT_FIELDS))
-    reports = _run(job, units, left, folder, processes or os.cpu_count() or 1)
-    if progress is not None:
-        reports = progress([units[i] for i in left], reports)
-    for report in reports:
-        tally.add(report)
-        if tally.rows >= ROWS_TO_JUDGE:
-            rows = tally.rows * source_size / max(tally.size, 1)  # that there will be in the end
-            tally.judge(allowed=job.max_bad_fraction * rows)
+    with contextlib.closing(_run(job, units, left, folder, lock, processes)) as reports:
+        shown = reports if progress is None else progress([units[i] for i in left], reports)
+        for report in shown:
+            tally.add(report)
+            if tally.rows >= ROWS_TO_JUDGE:
+                rows = tally.rows * source_size / max(tally.size, 1)  # there will be in the end
+                tally.judge(allowed=job.max_bad_fraction * rows)
     tally.judge(allowed=job.max_bad_fraction * tally.rows)
-    return own_files(lambda: _write_manifest(job, units, files, folder))
 
 
 def _check_apart(source: SourceSpec, folder: Path) -> None:
@@ -214,17 +223,24 @@ def _explored(job: Job) -> tuple[Job, list[Unit], dict[str, Any]]:
     return dataclasses.replace(job, source=source), units, files
 
 
+def _make(folder: Path) -> None:
+    """Makes the folder. Raises: PrepareError if it is there and somebody else's; OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = {folder / TOKENIZER, folder / LOCK, *_torn_plans(folder)}
+    if not (folder / PLAN).exists() and not expected.issuperset(folder.iterdir()):
+        raise PrepareError(
+            f"{folder} holds other files and no {PLAN}, so it was not prepared: name an empty or a "
+            "new folder"
+        )
+
+
 def _record_plan(folder: Path, job: Job, units: list[Unit]) -> None:
     """Writes plan.json, or checks that the one there is this job's."""
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = {"job": job.describe(), "units": [dataclasses.asdict(u) for u in units]}
     wanted = json.loads(json.dumps(wanted))
     path = folder / PLAN
     if not path.exists():
-        torn = set(_torn_plans(folder))
-        if any(p.name != TOKENIZER and p not in torn for p in folder.iterdir()):
-            raise PrepareError(f"{folder} holds other files: name an empty or a new folder")
-        for temporary in torn:
+        for temporary in _torn_plans(folder):
             temporary.unlink()
         (folder / TOKENIZER).mkdir(exist_ok=True)
         for name, text in job.tokenizer_files.items():
@@ -255,11 +271,9 @@ def _read_own(path: Path, fields: Iterable[str]) -> dict[str, Any]:
 
 
 def clear(folder: Path) -> None:
-    """Empties a prepared folder. Raises: PrepareError, before anything is removed, if it is none or
-    if it holds what `prepare` does not write; OSError."""
-    inside = list(folder.iterdir()) if folder.exists() else []
-    if inside and not (folder / PLAN).exists() and not any(_torn_plans(folder)):
-        raise PrepareError(f"{folder} holds no {PLAN}: it was not prepared, so it is not removed")
+    """Removes what is in a prepared folder, but for its lock. Raises: PrepareError, before anything
+    is removed, if it holds what `prepare` does not write; OSError."""
+    inside = [path for path in folder.iterdir() if path.name != LOCK]
     if foreign := sorted(path for path in inside if not _is_own(path)):
         raise PrepareError(
             f"{foreign[0]} is not of the prepared data that --overwrite replaces: move it away, or "
@@ -270,10 +284,8 @@ def clear(folder: Path) -> None:
         shutil.rmtree(path) if path.name == TOKENIZER else path.unlink()
 
 
-_OWN = re.compile(
-    r"\d{5,}\.(json|(train|validation)\.(array_record|npy))"
-    rf"|{MANIFEST}|{PLAN}|\.(\d{{5,}}\.json|{MANIFEST}|{PLAN})\..+"  # the latter were interrupted
-)
+_NAMES = rf"(\d{{5,}}\.(json|({'|'.join(SPLITS)})\.(array_record|npy))|{MANIFEST}|{PLAN})"
+_OWN = re.compile(rf"{_NAMES}|\.{_NAMES}\..+")  # the latter are left where writing is interrupted
 
 
 def _is_own(path: Path) -> bool:
@@ -296,7 +308,14 @@ def write_json(path: Path, value: Any) -> None:
 # ------------------------------------------------------------------------------------ workers
 
 
-def _run(job: Job, units: list[Unit], numbers: list[int], folder: Path, processes: int):
+def _run(
+    job: Job,
+    units: list[Unit],
+    numbers: list[int],
+    folder: Path,
+    lock: FolderLock,
+    processes: int,
+) -> Generator[dict[str, Any]]:
     """Reports of the units as they are done."""
     if processes == 1 or len(numbers) <= 1:
         writer = UnitWriter(job, folder)
@@ -305,7 +324,7 @@ def _run(job: Job, units: list[Unit], numbers: list[int], folder: Path, processe
     # spawn: a fork would inherit the locks of the tokenizer's threads.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(numbers)), context, _start_worker, (job, folder)
+        min(processes, len(numbers)), context, _start_worker, (job, folder, lock)
     )
     try:
         futures = [pool.submit(_work, i, units[i]) for i in numbers]
@@ -322,8 +341,10 @@ def _run(job: Job, units: list[Unit], numbers: list[int], folder: Path, processe
 _worker: UnitWriter | None = None
 
 
-def _start_worker(job: Job, folder: Path) -> None:
+def _start_worker(job: Job, folder: Path, lock: FolderLock) -> None:
+    """lock: held by this process, too, from now on."""
     global _worker
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = UnitWriter(job, folder)
 
@@ -408,9 +429,10 @@ class _Shard:
     """Records and index entries of one unit and split."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self._records_path, self._index_path = Path(f"{path}.array_record"), Path(f"{path}.npy")
         with self._storage_errors():
-            self._writer = ArrayRecordWriter(os.fsencode(f"{path}.array_record"), _SHARD_OPTIONS)
+            temporary = temporary_of(self._records_path)
+            self._writer = ArrayRecordWriter(os.fsencode(temporary), _SHARD_OPTIONS)
         self._entries: list[tuple[int, ...]] = []
         self._records = 0
         self._weights: set[float] = set()
@@ -439,15 +461,16 @@ class _Shard:
         self._weights.update(np.unique(example.weights).tolist())
 
     def close(self) -> dict[str, Any]:
-        """Ends both files; returns what the manifest says of them."""
+        """Ends both files and names them; returns what the manifest says of them."""
         with self._storage_errors():
             self._writer.close()
         index = np.asarray(self._entries, INDEX)
         file = io.BytesIO()
         np.save(file, index)
-        Path(f"{self._path}.npy").write_bytes(file.getvalue())
-        for suffix in ("array_record", "npy"):
-            sync(Path(f"{self._path}.{suffix}"))
+        temporary_of(self._index_path).write_bytes(file.getvalue())
+        for path in (self._records_path, self._index_path):
+            sync(temporary_of(path))
+            temporary_of(path).replace(path)
         self._sha256.update(index.tobytes())
         return {
             "documents": len(index),
@@ -466,7 +489,7 @@ class _Shard:
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            raise OSError(f"{self._path}.array_record: {error}") from error
+            raise OSError(f"{self._records_path}: {error}") from error
 
 
 def _chunks(example: Example) -> Iterator[Example]:

@@ -6,6 +6,10 @@ import io
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import grain
@@ -15,11 +19,12 @@ from tokenizers import Tokenizer
 
 from llada2_jax import retry
 from llada2_jax.config import DataConfig
+from llada2_jax.data import folder_lock, sources
 from llada2_jax.data import prepare as preparing
-from llada2_jax.data import sources
 from llada2_jax.data.corpus import load_corpus
 from llada2_jax.data.documents import Document
 from llada2_jax.data.examples import Example, decode_record, encode_record
+from llada2_jax.data.folder_lock import LockedError
 from llada2_jax.data.loader import batches
 from llada2_jax.data.packing import tokenize
 from llada2_jax.data.prepare import (
@@ -27,7 +32,6 @@ from llada2_jax.data.prepare import (
     MANIFEST,
     PLAN,
     PrepareError,
-    clear,
     prepare,
 )
 from llada2_jax.data.prepared import PreparedDocuments, PreparedError, read_manifest
@@ -43,6 +47,7 @@ from tests.data_helpers import (
     texts,
     write_jsonl,
 )
+from tests.processes import ROOT
 
 TOKENIZER = Tokenizer.from_str(files()["tokenizer.json"])
 
@@ -87,7 +92,7 @@ def test_a_stopped_preparation_goes_on_where_it_stopped(source, tmp_path, monkey
     with pytest.raises(PreparedError, match="its preparation was stopped: run it again"):
         read_manifest(tmp_path / "out")
     # A shard that a kill left half written is written anew.
-    (tmp_path / "out" / "00003.train.array_record").write_bytes(b"torn")
+    (tmp_path / "out" / ".00003.train.array_record.tmp").write_bytes(b"torn")
     left = []
 
     def watching(units, reports):
@@ -101,6 +106,67 @@ def test_a_stopped_preparation_goes_on_where_it_stopped(source, tmp_path, monkey
     left.clear()
     assert prepare(job(source), tmp_path / "out", processes=1, progress=watching) == whole
     assert left == []
+
+
+KILLED = """
+import sys, time
+from llada2_jax.data import prepare as preparing, sources
+from tests.data_helpers import job
+
+def slowly(self, spec, unit, read=sources._JsonLines.read):
+    for row in read(self, spec, unit):
+        time.sleep(0.1)
+        yield row
+
+sources.UNIT_BYTES = int(sys.argv[3])
+sources._JsonLines.read = slowly
+if __name__ == "__main__":
+    preparing.prepare(job(sys.argv[1]), sys.argv[2], processes=2)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="this system has no /proc")
+def test_workers_end_with_a_process_that_was_killed_and_its_work_goes_on(
+    source, tmp_path, monkeypatch
+):
+    whole = prepare(job(source), tmp_path / "whole", processes=1)
+    out = tmp_path / "out"
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, tmp_path / "killed.py", source, out, str(sources.UNIT_BYTES)]
+    preparation = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not list(out.glob("0*.json")):
+        assert preparation.poll() is None
+        time.sleep(0.02)
+
+    def workers():  # those that are alive
+        lines = {int(p.parent.name): p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline")}
+        return {i for i in children if b"spawn_main" in lines.get(i, b"")}
+
+    def refused():
+        with monkeypatch.context() as patched, pytest.raises(LockedError, match="out is being wri"):
+            patched.setattr(folder_lock, "WAIT_SECONDS", 0.0)
+            prepare(job(source), out, processes=1, overwrite=True)
+
+    listed = Path(f"/proc/{preparation.pid}/task/{preparation.pid}/children").read_text()
+    children = set(map(int, listed.split()))
+    assert len(children := workers()) == 2
+    refused()
+    for worker in children:
+        os.kill(worker, signal.SIGSTOP)
+    preparation.kill()
+    preparation.wait()
+    refused()  # a worker that lives could write
+    for worker in children:
+        os.kill(worker, signal.SIGCONT)
+    left = []
+
+    def watching(units, reports):
+        left.extend(units)
+        yield from reports
+
+    assert prepare(job(source), out, processes=1, progress=watching) == whole
+    assert not workers() and 0 < len(left) < 8
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_overwriting_removes_nothing_before_the_job_is_known_to_be_possible(source, tmp_path):
@@ -244,8 +310,8 @@ def test_a_plan_whose_writing_was_interrupted_is_no_other_file(source, tmp_path)
     torn = tmp_path / "torn"
     torn.mkdir()
     (torn / f".{PLAN}.123").write_text("{")
-    clear(torn)
-    assert not list(torn.iterdir())
+    prepare(job(source), torn, processes=1, overwrite=True)
+    assert contents(torn) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -272,7 +338,7 @@ def test_a_report_is_on_disk_after_what_it_reports(source, tmp_path, monkeypatch
     prepare(job(source), tmp_path / "out", processes=1)
     names = [name.rsplit(".", 1)[0] if name.startswith(".") else name for name in synced]
     for unit in range(8):
-        shards = [f"{unit:05d}.{s}.{x}" for s in preparing.SPLITS for x in ("array_record", "npy")]
+        shards = [f".{unit:05d}.{s}.{x}" for s in preparing.SPLITS for x in ("array_record", "npy")]
         report = names.index(f".{unit:05d}.json")
         assert all(name in names[:report] for name in shards)
     assert {"tokenizer.json", "tokenizer_config.json"} <= set(names[: names.index(f".{PLAN}")])
@@ -285,10 +351,10 @@ def test_a_full_disk_is_an_os_error_and_what_is_done_is_kept(source, tmp_path):
     before = contents(out)
     for left in (out / "00005.json", out / "00005.train.array_record"):
         left.unlink()
-    (out / "00005.train.array_record").symlink_to("/dev/full")
+    (out / ".00005.train.array_record.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"00005\.train\.array_record: .*No space left on device"):
         prepare(job(source), out, processes=1)
-    (out / "00005.train.array_record").unlink()
+    (out / ".00005.train.array_record.tmp").unlink()
     assert prepare(job(source), out, processes=1) == whole and contents(out) == before
 
 
@@ -305,10 +371,9 @@ def test_a_folder_of_another_job_is_left_alone(source, tmp_path):
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(PrepareError, match="other holds other files"):
         prepare(job(source), tmp_path / "other", processes=1)
-    with pytest.raises(PrepareError, match=f"holds no {PLAN}"):
-        clear(source)
-    clear(tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir()) and list(source.iterdir())
+    with pytest.raises(PrepareError, match=f"other holds other files and no {PLAN}"):
+        prepare(job(source), tmp_path / "other", processes=1, overwrite=True)
+    assert contents(tmp_path / "other") == {"notes.txt": b""}
 
 
 def test_long_documents_are_read_in_pieces(tmp_path, monkeypatch):
