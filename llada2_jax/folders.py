@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llada2_jax.errors import UserError
+from llada2_jax.files import sync
 
 PARAMS, OPTIMIZER = "params", "optimizer"
 MODEL, TOKENIZER, TRAIN, CHECKSUMS = "model", "tokenizer", "train", "checksums"
@@ -121,7 +122,8 @@ def require_checkpoint(path: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A new directory beside `path` that takes its place at the end, or vanishes on an error.
+    """A new directory beside `path` that takes its place at the end, with all files on disk, or
+    vanishes on an error.
 
     Raises: CheckpointError where `path` exists, unless `overwrite` and it is empty or a model as it
     is written here, and nothing else: a run, a training step or somebody's folder is never
@@ -137,6 +139,9 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     work.mkdir()
     try:
         yield work
+        for file in work.rglob("*"):  # a power loss must not leave the name and empty files
+            if file.is_file():
+                sync(file)
         _take_place(work, path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

@@ -90,6 +90,7 @@ class Run:
     state: TrainState
     mesh: Mesh
     refer: Refer
+    rollback_to: int = 0  # the last step that the schedule or a rollback saved, whatever else was
     latest: dict[str, Any] = dataclasses.field(default_factory=dict)  # metrics of the last step
     steps: dict[str, Callable] = dataclasses.field(default_factory=dict)
     evals: dict[str, Callable] = dataclasses.field(default_factory=dict)
@@ -148,7 +149,10 @@ def train(cfg: TrainConfig, *, corpus: Corpus | None = None, profile: str = "") 
         run, first_step = _start(cfg, corpus)
         try:
             with contextlib.closing(_Trace(profile, run.logger.say)) as trace:
-                _loop(run, first_step, notice, trace)
+                step = first_step
+                while step < cfg.total_steps:
+                    step = _loop(run, step, notice, trace)
+                _finish(run)
         finally:
             run.checkpoints.close()
             run.logger.close()
@@ -204,7 +208,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     if checkpoints.newest:
         state = None  # with the model it began with: there may be no room for two states
         restored = _restored(cfg, checkpoints, bundle.config, mesh, base)
-    state, first_step = restored or (state, 0)
+    state, first_step, rollback_to = restored or (state, 0, 0)
     assert state is not None
     logger = MetricLogger(
         workdir,
@@ -225,7 +229,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
     _report_placement(cfg, logger, state, validation, mesh)
     if first_step:
         logger.say(f"resuming {workdir} after step {first_step} of {cfg.total_steps}")
-    run = Run(cfg, bundle, corpus, validation, checkpoints, logger, state, mesh, refer)
+    run = Run(cfg, bundle, corpus, validation, checkpoints, logger, state, mesh, refer, rollback_to)
     return run, first_step
 
 
@@ -330,8 +334,8 @@ def _restored(
     mesh: Mesh,
     base: Params | None,
     before: int | None = None,
-) -> tuple[TrainState, int] | None:
-    """The newest checkpoint's state, placed on the mesh, and its step.
+) -> tuple[TrainState, int, int] | None:
+    """The newest checkpoint's state, placed on the mesh, its step, and its `Run.rollback_to`.
 
     base: the buffers under adapters, which checkpoints do not hold.
     Raises: ConfigError where the data would not go on at the row that comes next.
@@ -349,10 +353,9 @@ def _restored(
             f"config.data.rows_per_step={rows} puts it at {step * rows}: set it to "
             f"{next_row // step}, or choose another workdir"
         )
-    if cfg.lora.rank:
-        return dataclasses.replace(rest, params=params, buffers=base), step
-    trained, buffers = split_trained(params)
-    return dataclasses.replace(rest, params=trained, buffers=buffers), step
+    trained, buffers = (params, base) if cfg.lora.rank else split_trained(params)
+    state = dataclasses.replace(rest, params=trained, buffers=buffers)
+    return state, step, train_item.get("rollback_to", step)  # absent where it was not known yet
 
 
 @dataclasses.dataclass
@@ -372,8 +375,11 @@ class _Pending:
         return batch
 
 
-def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) -> None:
-    """Steps first_step .. total_steps, each logged, and now and then validated and saved."""
+def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) -> int:
+    """Steps first_step .. total_steps, each logged, and now and then validated and saved.
+
+    Returns the step to go on from: total_steps, or an earlier one (see `_react`).
+    """
     cfg = run.cfg
     rows = run.corpus.training_rows(cfg.data, cfg.total_steps * cfg.data.rows_per_step, cfg.seed)
     per_step = cfg.data.rows_per_step
@@ -403,15 +409,21 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) ->
         # Where the host looks depends on the step alone, so that a resumed run reacts to the same.
         if measures or done % cfg.log_every == 0:
             event = _log(run, pending)
-            if event is not None:
-                _react(run, done, *event)
+            if event is not None and (earlier := _react(run, done, *event)) < done:
+                return earlier
             scores = _validate(run, done, phase, batch, context, ends=ends) if measures else None
-            if saves or event is not None or run.checkpoints.failed:
+            if saves or event is not None:
+                run.rollback_to = done
+            if run.rollback_to == done or run.checkpoints.failed:
                 _save(run, done, scores)
             pending = _Pending()
+    return cfg.total_steps
+
+
+def _finish(run: Run) -> None:
     run.checkpoints.wait()
     if run.checkpoints.failed:
-        _save(run, cfg.total_steps)
+        _save(run, run.cfg.total_steps)
     run.logger.advance(0, "done")
 
 
@@ -498,10 +510,14 @@ def _call(cfg: TrainConfig, step: int, values: dict[str, float]) -> tuple[str, s
     return None
 
 
-def _react(run: Run, done: int, policy: str, event: str, step: int) -> None:
-    """Rolls back to the newest checkpoint before `step` and skips all steps up to `done`, or
-    stops."""
-    spikes = run.cfg.spikes
+def _react(run: Run, done: int, policy: str, event: str, step: int) -> int:
+    """Rolls back to `run.rollback_to` and skips all steps from there to `done`, or stops.
+
+    Returns the step to go on from: `done`; or, where that checkpoint was lost, that of the one
+    before it. The steps since are taken again then, as after a restart, and lead to this very
+    rollback with all that it needs, so that no fault shows in where a run goes back to.
+    """
+    spikes, target = run.cfg.spikes, run.rollback_to
     what = f"spikes.{event}={policy!r} was called for by step {step}"
     if policy == "stop":
         raise TrainingStopped(f"{what}; start again with another policy to go on from before it")
@@ -515,16 +531,24 @@ def _react(run: Run, done: int, policy: str, event: str, step: int) -> None:
     # Freed first: there may be no room for two states.
     run.state = dataclasses.replace(run.state, params=None, buffers=None, opt_state=None)
     model = run.bundle.config
-    found = _restored(run.cfg, run.checkpoints, model, run.mesh, base, before=step)
+    found = _restored(run.cfg, run.checkpoints, model, run.mesh, base, before=target + 1)
     if found is None:
         raise TrainingStopped(f"{what}, but there is no checkpoint before it to go back to")
-    earlier, source = found
+    earlier, source, rollback_to = found
+    name = run.cfg.phase_at(done - 1)[1].name
+    if source < target:
+        run.state, run.rollback_to = earlier, rollback_to
+        run.checkpoints.discard_after(source)
+        run.logger.cut_back(source)
+        run.logger.advance(source - done, name)
+        run.logger.say(f"{what}: checkpoint {target} is lost, taking the steps from {source} again")
+        return source
     run.state = roll_back(run.state, earlier)
     run.logger.cut_back(source)
-    name = run.cfg.phase_at(done - 1)[1].name
     values = {"event": event, "spike_step": step, "restored_step": source}
     run.logger.write(done, "rollback", name, values)
     run.logger.say(f"{what}: back to checkpoint {source}, skipping the steps up to {done}")
+    return done
 
 
 def _validate(
@@ -565,6 +589,7 @@ def _save(run: Run, step: int, scores: dict[str, Any] | None = None, *, wait: bo
         "phase": phase.name,
         "phase_index": index,
         "metrics": {"train": run.latest} | ({"validation": scores} if scores else {}),
+        "rollback_to": run.rollback_to,
         "data": {"next_row": step * cfg.data.rows_per_step},
         "seed": cfg.seed,  # with the documents' ids and visits, all there is to randomness
     }

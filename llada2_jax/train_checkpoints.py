@@ -44,8 +44,8 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest, of each kind of validation loss the best, and the first
-    one past each multiple of `every_tokens` (0: none of those).
+    """Which checkpoints stay: the newest, of each kind of validation loss the best, the first one
+    past each multiple of `every_tokens` (0: none of those), and what a rollback would go back to.
 
     Losses of different kinds (another block size, another phase) do not compare, so each kind has
     its own best.
@@ -56,10 +56,14 @@ class Retention:
     every_tokens: int = 0
     tokens_per_step: int = 1
 
-    def kept(self, scores: Mapping[int, Mapping[str, Any]]) -> set[int]:
-        """The steps to keep, of {step: validation scores, or {} where none were taken}."""
+    def kept(self, scores: Mapping[int, Mapping[str, Any]], rollback_to: int = 0) -> set[int]:
+        """The steps to keep, of {step: validation scores, or {} where none were taken}.
+
+        rollback_to: where a rollback goes back to; 0: nowhere.
+        """
         steps = sorted(scores)
         kept = set(steps[-self.last :])
+        kept |= set([step for step in steps if step <= rollback_to][-1:])
         kinds: dict[str, list[tuple[float, int]]] = {}
         for step in steps:
             value = scores[step].get("bits_per_byte", scores[step].get("loss"))
@@ -117,15 +121,15 @@ class TrainCheckpoints:
         caller may donate them. A step that is there already stays.
 
         params: all parameters of the model. optimizer: any pytree of arrays. train: JSON; its
-        metrics["validation"] decides what is kept. wait: return when it is on disk. That is also
-        done, with retries, after a write has failed.
+        metrics["validation"] and its rollback_to (default: this step) decide what is kept. wait:
+        return when it is on disk. That is also done, with retries, after a write has failed.
         Raises: StorageError if storage refuses for longer than the config allows.
         """
         self.wait()
         if step in self._scores:
             return
         start = functools.partial(self._start, step, _items(bundle, params, optimizer, train))
-        commit = functools.partial(self._commit, step, train["metrics"].get("validation") or {})
+        commit = functools.partial(self._commit, step, train)
         if not wait and not self.failed and self._attempt(step, start):
             self._thread = threading.Thread(target=self._attempt, args=[step, commit])
             self._thread.start()
@@ -176,13 +180,13 @@ class TrainCheckpoints:
             raise FileNotFoundError(f"{self.folder} is gone")
         self._checkpointer.save(self.folder / str(step), args=items)
 
-    def _commit(self, step: int, scores: Mapping[str, Any]) -> None:
+    def _commit(self, step: int, train: Mapping[str, Any]) -> None:
         self._checkpointer.wait_until_finished()
-        self._scores[step] = scores
+        self._scores[step] = train["metrics"].get("validation") or {}
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the checkpoint is there; the next one marks it
                 self._mark.touch()
-            self._delete_old()
+            self._delete_old(train.get("rollback_to", step))
 
     def _attempt(self, step: int, action) -> bool:
         """Whether the action succeeded; an error is kept for the caller's next look at `failed`."""
@@ -194,16 +198,18 @@ class TrainCheckpoints:
             self._discard_partial(step)
         return self._error is None
 
-    def _delete_old(self) -> None:
-        for step in set(self._scores) - self._retention.kept(self._scores):
+    def _delete_old(self, rollback_to: int) -> None:
+        for step in set(self._scores) - self._retention.kept(self._scores, rollback_to):
             del self._scores[step]
-            path = self.folder / str(step)
             try:
-                aside = path.with_name(f"{step}{DELETED}")  # no half-deleted step under its name
-                path.rename(aside)
-                shutil.rmtree(aside)
+                self._remove(step)
             except OSError as error:  # costs space, no more; `_open` tries again
                 _log.warning("checkpoint %d was not removed: %s", step, describe(error))
+
+    def _remove(self, step: int) -> None:
+        aside = self.folder / f"{step}{DELETED}"  # no half-deleted step under its name
+        (self.folder / str(step)).rename(aside)
+        shutil.rmtree(aside)
 
     def _discard_partial(self, step: int) -> None:
         """Frees the space of a failed write, and starts over with a checkpointer without a past."""
@@ -270,6 +276,16 @@ class TrainCheckpoints:
                 "or choose another workdir to start again"
             )
         return None
+
+    def discard_after(self, step: int) -> None:
+        """Removes the checkpoints after `step`, from which on all is taken again."""
+        self.wait()
+        self._error = None  # what was not written is taken again too
+        self._scores = {old: scores for old, scores in self._scores.items() if old <= step}
+        if jax.process_index() == 0:
+            for later in [s for s in reversed(self.steps()) if s > step]:
+                remove = functools.partial(self._remove, later)
+                self._patiently(remove, f"removing checkpoint {later} under {self.folder}")
 
     def _listed(self) -> list[int]:
         """`steps`, of a folder that is there and not an empty place to mount it."""

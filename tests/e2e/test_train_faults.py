@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -25,6 +26,7 @@ from llada2_jax.run_folder import read_starts
 from llada2_jax.train import TrainingStopped, train
 from llada2_jax.train_checkpoints import TrainCheckpoints
 from tests.torture import life
+from tests.torture.__main__ import CLOCKS
 
 STEPS = 14
 
@@ -65,14 +67,14 @@ def at_step(monkeypatch, number: int, action) -> None:
     monkeypatch.setattr(train_module, "make_context", make_context)
 
 
+def terminate(sigma):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)  # for the thread that reads it: the next scheduled step is saved in any case
+    return sigma
+
+
 def test_sigterm_saves_at_once_and_asks_to_be_started_again(folder, tmp_path, monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
-
-    def terminate(sigma):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)  # for the thread that reads it: step 8 would be saved in any case
-        return sigma
-
     at_step(monkeypatch, 7, terminate)
     with pytest.raises(Preempted) as stop:
         train(config(folder, tmp_path))
@@ -137,6 +139,78 @@ def test_a_rollback_goes_back_and_skips_the_range(folder, tmp_path, monkeypatch)
         if x["kind"] == "train":
             same = ("data_checksum", "learning_rate", *(["loss"] if x["step"] < 9 else []))
             assert {k: x[k] for k in same} == {k: wanted[x["step"]][k] for k in same}
+
+
+def lose_write(monkeypatch, number: int) -> None:
+    """The first write of checkpoint `number` fails once the run has gone on."""
+    commit, lost = TrainCheckpoints._commit, []
+
+    def fails_once(self, step, *args):
+        if step != number or lost:
+            return commit(self, step, *args)
+        lost.append(step)
+        self._checkpointer.wait_until_finished()
+        shutil.rmtree(self.folder / str(step))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TrainCheckpoints, "_commit", fails_once)
+
+
+def damage(monkeypatch, number: int) -> None:
+    """Checkpoint `number` changes on disk after it was written."""
+    commit = TrainCheckpoints._commit
+
+    def changes(self, step, *args):
+        commit(self, step, *args)
+        if step == number and not (self.folder.parent / "damaged").exists():
+            (self.folder / f"{step}/train/metadata").write_text("{}")
+
+    monkeypatch.setattr(TrainCheckpoints, "_commit", changes)
+
+
+def rolling_back(folder, workdir, keep_last=1):
+    cfg = config(folder, workdir, non_finite="rollback")
+    checkpoints = dataclasses.replace(cfg.checkpoint, keep_last=keep_last, keep_best=0)
+    return dataclasses.replace(cfg, checkpoint=checkpoints)
+
+
+def ending(workdir) -> tuple[list[dict], dict[str, int]]:
+    """What the run has recorded, but for clocks, and the checksums of its last state."""
+    lines = [{k: v for k, v in x.items() if k not in CLOCKS} for x in read_metrics(workdir)]
+    sums = read_checksums(workdir / f"checkpoints/{STEPS}")
+    return lines, {name: value for name, value in sums.items() if "/" in name}
+
+
+@pytest.fixture(scope="module")
+def rolled_back(folder, tmp_path_factory):
+    """How a run ends that nothing disturbs, and whose step 11 is bad."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "embedding_noise_sigma", life.spoiling({11}))
+        train(rolling_back(folder, workdir))
+    (event,) = read_metrics(workdir, "rollback")
+    assert (event["step"], event["restored_step"]) == (12, 8)
+    return ending(workdir)
+
+
+def test_a_rollback_passes_over_what_a_preemption_saved(folder, tmp_path, monkeypatch, rolled_back):
+    monkeypatch.setattr(train_module, "embedding_noise_sigma", life.spoiling({11}))
+    at_step(monkeypatch, 9, terminate)
+    with pytest.raises(Preempted):
+        train(rolling_back(folder, tmp_path))
+    assert saved_steps(tmp_path) == [8, 9]  # one more than keep_last: the rollback's
+    train(rolling_back(folder, tmp_path))
+    assert ending(tmp_path) == rolled_back
+
+
+@pytest.mark.parametrize(("fault", "keep_last"), [(lose_write, 1), (damage, 2)])
+def test_a_rollback_takes_the_steps_to_a_lost_checkpoint_again(
+    folder, tmp_path, monkeypatch, rolled_back, fault, keep_last
+):
+    monkeypatch.setattr(train_module, "embedding_noise_sigma", life.spoiling({11}))
+    fault(monkeypatch, 8)
+    train(rolling_back(folder, tmp_path, keep_last))
+    assert ending(tmp_path) == rolled_back
 
 
 def test_going_back_or_on_needs_no_room_for_two_states(folder, tmp_path, monkeypatch):

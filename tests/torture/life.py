@@ -6,6 +6,7 @@ own device, compiled functions and files, that skips only the imports.
 
 import functools
 import os
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,15 +23,18 @@ from llada2_jax.config import (
     OptimizerConfig,
     RuntimeConfig,
     ScheduleConfig,
+    SpikeConfig,
     TrainConfig,
 )
 from llada2_jax.model import init_params
+from llada2_jax.schedules import embedding_noise_sigma
 from llada2_jax.train_checkpoints import TrainCheckpoints
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config as tiny
 from tests.tiny_run import VOCAB, write_corpus
 
 STEPS, SAVE_EVERY, ROW, ROWS = 60, 4, 32, 2
+BAD = {32, 46}  # their loss is NaN, and the run rolls back to 28 and to 44
 SPECIAL = SpecialTokens(mask=0, eos=1, pad=1, bos=2)
 
 
@@ -56,6 +60,7 @@ def make_config(folder: Path, workdir: Path) -> TrainConfig:
         checkpoint=CheckpointConfig(
             every_tokens=SAVE_EVERY * step, keep_last=3, keep_best=1, retry_seconds=60.0
         ),
+        spikes=SpikeConfig(non_finite="rollback"),
         runtime=RuntimeConfig(dtype="float32", attention_backend="xla"),
         log_every=2,
     )
@@ -73,6 +78,7 @@ def live(folder: Path, workdir: Path, seen: Connection) -> None:
         prepare(folder)
     train_module.TrainCheckpoints = functools.partial(_announced, seen)
     train_module.make_train_step = _recording(train_module.make_train_step, seen)
+    train_module.embedding_noise_sigma = spoiling(BAD)
     train_module.train(make_config(folder, workdir))
 
 
@@ -80,6 +86,16 @@ def _announced(seen: Connection, *args, **options) -> TrainCheckpoints:
     checkpoints = TrainCheckpoints(*args, **options)
     seen.send(None)
     return checkpoints
+
+
+def spoiling(steps: Collection[int]) -> Callable[[TrainConfig, int], float]:
+    """embedding_noise_sigma that makes the loss of these steps (from 1) NaN whenever they are
+    taken, as their data would: noise of infinite strength on the mask's embedding."""
+
+    def strength(cfg: TrainConfig, step: int) -> float:
+        return float("inf") if step + 1 in steps else embedding_noise_sigma(cfg, step)
+
+    return strength
 
 
 def _recording(make_train_step, seen: Connection):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -224,6 +226,26 @@ def test_an_existing_target_stays_unless_told(tmp_path, bundle):
     checkpoint.save_model(tmp_path / "m", changed, overwrite=True)
     assert load_bundle(tmp_path / "m").generation == {"block_size": 4}
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_every_file_is_on_disk_before_the_model_has_its_name(tmp_path, bundle, monkeypatch):
+    """Or a power loss leaves empty files in a model that looks whole."""
+    fsync, rename, synced, left = os.fsync, os.rename, set(), []
+
+    def noted(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def renamed(source, target):
+        files = [p for p in Path(source).rglob("*") if p.is_file()]
+        assert files
+        left.extend(p.name for p in files if p.stat().st_ino not in synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", renamed)
+    checkpoint.save_model(tmp_path / "model", bundle)
+    assert (tmp_path / "model/model/metadata").is_file() and left == []
 
 
 def test_a_run_or_a_step_is_never_overwritten(tmp_path, bundle):

@@ -89,6 +89,7 @@ def test_a_checkpoint_tells_how_long_its_rows_were():
         cfg=TrainConfig(workdir="w", data=data, schedule=ScheduleConfig(ar_tokens=1000)),
         bundle=bundle,
         logger=SimpleNamespace(sync=lambda: None),
+        rollback_to=0,
         latest={},
         state=SimpleNamespace(saved_params=None, beside_params=None),
         checkpoints=SimpleNamespace(save=lambda step, bundle, *_, wait: saved.append(bundle)),

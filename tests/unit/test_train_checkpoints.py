@@ -478,6 +478,14 @@ def test_the_newest_the_best_of_each_kind_and_every_so_often():
     assert Retention(last=1, best=0, every_tokens=3).kept({2: {}, 4: {}, 5: {}, 7: {}}) == {4, 7}
 
 
+def test_what_a_rollback_would_go_back_to_is_kept():
+    steps: dict[int, dict] = {4: {}, 8: {}, 9: {}, 10: {}}
+    retention = Retention(last=1, best=0)
+    assert retention.kept(steps, rollback_to=8) == {8, 10}
+    assert retention.kept(steps, rollback_to=10) == {10}
+    assert retention.kept(steps, rollback_to=7) == {4, 10}  # 7 was lost
+
+
 def test_every_so_often_is_counted_in_tokens(tmp_path):
     """Also where a multiple is not a whole number of steps: the rest does not add up."""
     cfg = dataclasses.replace(CFG, keep_last=1, keep_every_tokens=10_000)
