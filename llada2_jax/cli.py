@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from llada2_jax.errors import EXIT_STATUS, exit_status
+from llada2_jax.files import raise_open_files_limit
 
 # command -> (module with a main(argv), what it does); imported only when called, so that
 # `llada2 --help` answers at once.
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"llada2: no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    raise_open_files_limit()  # of shards, checkpoints and workers' pipes there may be many
     # What was compiled once is read from disk the next time; jax reads this when it is imported.
     cache = Path.home() / ".cache" / "llada2_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

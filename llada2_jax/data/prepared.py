@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import bisect
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 from tokenizers import Tokenizer
 
 from llada2_jax.data.examples import decode_record
 from llada2_jax.data.prepare import FORMAT_VERSION, INDEX, MANIFEST, PLAN, SPLITS, TOKENIZER
+from llada2_jax.data.shards import Shard, close_all
 from llada2_jax.data.sources import SourceSpec, Unit, place, system_call_failed
 from llada2_jax.errors import UserError
 from llada2_jax.retry import storage_failed, with_retries
@@ -129,10 +130,12 @@ class PreparedDocuments:
                 f"{folder}: the index announces {chunks.sum()} records, the manifest "
                 f"{sum(self._records)}: {_AGAIN}"
             )
-        self._paths = [
-            self.folder / f"{i:05d}.{split}.array_record" for i, n in enumerate(self._records) if n
+        self._shards = [
+            Shard(self.folder / f"{i:05d}.{split}.array_record", n)
+            for i, n in enumerate(self._records)
         ]
-        for path in self._paths:
+        self._record_ends = list(itertools.accumulate(self._records))
+        for path in (shard.path for shard in self._shards if shard.records):
             if not _patiently(path.is_file, f"looking for {path}", retry_seconds):
                 raise PreparedError(f"{path} is missing: {_AGAIN}")
 
@@ -159,17 +162,6 @@ class PreparedDocuments:
         """Whether some token has a loss weight other than 0 and 1."""
         return bool(self.manifest["splits"][self.split]["weighted"])
 
-    @functools.cached_property
-    def _source(self) -> Any:
-        # grain opens a file when it is first read, and counts the records of all at once.
-        source: Any = grain.sources.ArrayRecordDataSource(list(map(str, self._paths)))
-        if len(source) != sum(self._records):
-            raise PreparedError(
-                f"{self.folder}: {len(source)} records, the manifest says {sum(self._records)}: "
-                f"{_AGAIN}"
-            )
-        return source
-
     def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int32) and loss weights (fp32) of [start, stop) of a document.
 
@@ -194,16 +186,16 @@ class PreparedDocuments:
         return with_retries(lambda: self._decode(number, size), what, seconds=self._retry_seconds)
 
     def _decode(self, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        shard = bisect.bisect_right(self._record_ends, number)
+        within = number - (self._record_ends[shard] - self._records[shard])
         try:
-            tokens, weights = decode_record(self._source[number], self._dtype)
+            tokens, weights = decode_record(self._shards[shard].read(within), self._dtype)
             if len(tokens) != size:
                 raise ValueError(f"it has {len(tokens)} tokens, the index says {size}")
             return tokens, weights
-        except PreparedError:
-            raise
         except (ValueError, RuntimeError, IndexError) as error:
             if system_call_failed(error):
-                self.__dict__.pop("_source", None)  # a reader that could not open stays that way
+                close_all()
                 raise OSError(str(error)) from error
             raise PreparedError(
                 f"{self.folder}: record {number} of the {self.split} split is damaged: {error}"

@@ -1,25 +1,27 @@
 """Preparation: the same bytes however the work is done, what stops it, and what is read back."""
 
+import concurrent.futures
 import dataclasses
 import errno
 import io
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
-import grain
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from llada2_jax import retry
+from llada2_jax import cli, retry
 from llada2_jax.config import DataConfig
-from llada2_jax.data import folder_lock, sources
+from llada2_jax.data import folder_lock, shards, sources
 from llada2_jax.data import prepare as preparing
 from llada2_jax.data.corpus import load_corpus
 from llada2_jax.data.documents import Document
@@ -37,6 +39,7 @@ from llada2_jax.data.prepare import (
 from llada2_jax.data.prepared import PreparedDocuments, PreparedError, read_manifest
 from llada2_jax.data.sources import SourceError
 from llada2_jax.errors import UsageError
+from llada2_jax.files import ENOUGH_FILES, open_files_limit
 from tests.data_helpers import (
     FORMATS,
     SPECIAL,
@@ -598,14 +601,14 @@ def failing(source, tmp_path, monkeypatch):
     """A prepared folder, and how often (and with what) its next reads fail."""
     prepare(job(source), tmp_path / "out", processes=1)
     monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
-    faults, read = [], grain.sources.ArrayRecordDataSource.__getitem__
+    faults, read = [], shards.Shard.read
 
     def failing(self, key):
         if faults:
             raise RuntimeError(faults.pop())
         return read(self, key)
 
-    monkeypatch.setattr(grain.sources.ArrayRecordDataSource, "__getitem__", failing)
+    monkeypatch.setattr(shards.Shard, "read", failing)
     return tmp_path / "out", faults
 
 
@@ -639,6 +642,43 @@ def test_reads_that_keep_failing_stop_with_the_reason_and_damage_at_once(failing
     (tmp_path / "away").rename(folder)
     faults.clear()
     assert documents.read(0, 0, 1)[0].tolist() == [SPECIAL.bos]
+
+
+def test_shards_beyond_the_number_of_open_files_are_read_and_files_are_left(tmp_path, monkeypatch):
+    """By two threads, as the loader does; and from a folder whose name is not UTF-8."""
+    opened = len(os.listdir("/proc/self/fd"))
+    rows = texts(opened + 60)
+    (tmp_path / "in").mkdir()
+    FORMATS["text"](tmp_path / "in", rows)
+    monkeypatch.setattr(sources, "UNIT_ROWS", 1)
+    out = tmp_path / os.fsdecode(b"\xe9")
+    prepare(job(tmp_path / "in", validation=0.0), out, processes=1)
+    documents = PreparedDocuments(out, "train", retry_seconds=0.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 40, hard))
+
+    def read(i):
+        return TOKENIZER.decode(documents.read(i, 1, int(documents.lengths[i]) - 1)[0].tolist())
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            assert sorted(pool.map(read, range(len(rows)))) == sorted(rows)
+        bound = (opened + 40) // shards.SHARE
+        assert len(os.listdir("/proc/self/fd")) <= opened + bound + 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_commands_may_open_as_many_files_as_the_system_allows(monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    seen = types.SimpleNamespace(main=lambda arguments: open_files_limit())
+    monkeypatch.setitem(sys.modules, "a_command", seen)
+    monkeypatch.setitem(cli.COMMANDS, "show", ("a_command", ""))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft // 2, hard))
+        assert cli.main(["show"]) == (ENOUGH_FILES if hard < 0 else min(hard, ENOUGH_FILES))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "00003.validation.npy", "00002.train.array_record"])
