@@ -7,6 +7,7 @@ of rows, the documents of a row change from epoch to epoch, and a row is a funct
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from typing import Any
@@ -25,29 +26,35 @@ def pack(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
 
     Returns: the row of each item (int64, largest items first), and the number of rows.
     """
-    open_rows: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # by room left
+    open_rows: dict[int, list[np.ndarray]] = {}  # by room left
+    rooms: list[int] = []  # those that open_rows has, ascending
     placed: list[np.ndarray] = [np.zeros(0, np.int64)]
     rows = 0
-    for size in range(capacity, 0, -1):
+
+    def leave(room: int, which: np.ndarray) -> None:
+        if not (room and len(which)):
+            return
+        if room not in open_rows:
+            bisect.insort(rooms, room)
+        open_rows.setdefault(room, []).append(which)
+
+    for size in (np.flatnonzero(sizes[1:]) + 1)[::-1].tolist():
         left = int(sizes[size])
-        for room in range(size, capacity + 1):  # the tightest first
-            if not left:
-                break
-            if room == capacity:
+        while left:
+            tightest = bisect.bisect_left(rooms, size)
+            if tightest == len(rooms):
                 fresh = -(-left // (capacity // size))
-                open_rows[capacity] = [np.arange(rows, rows + fresh)]
+                leave(capacity, np.arange(rows, rows + fresh))
                 rows += fresh
-            if not open_rows[room]:
-                continue
+            room = rooms.pop(tightest)
             # A row that has taken one is the tightest for the next: it takes all that fit.
-            here, each = np.concatenate(open_rows[room]), room // size
+            here, each = np.concatenate(open_rows.pop(room)), room // size
             used = here[: -(-left // each)]
             items = np.repeat(used, each)[:left]
             full = len(items) // each
-            open_rows[room] = [here[len(used) :]] if len(used) < len(here) else []
-            open_rows[room - each * size].append(used[:full])
-            if full < len(used):
-                open_rows[room - (len(items) - full * each) * size].append(used[full:])
+            leave(room, here[len(used) :])
+            leave(room - each * size, used[:full])
+            leave(room - (len(items) - full * each) * size, used[full:])
             placed.append(items)
             left -= len(items)
     return np.concatenate(placed), rows

@@ -3,6 +3,7 @@ alone."""
 
 import collections
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -226,6 +227,55 @@ def test_packing_is_best_fit_decreasing(sizes, capacity):
     assert len(rows) == len(sizes) and set(rows) == set(range(count))
     assert np.bincount(rows, weights=ordered).max() <= capacity
     assert count == _best_fit_by_hand(sizes, capacity)
+
+
+def _pack_by_rooms(sizes, capacity):
+    """`pack` as it was: it looks at every room for every size."""
+    open_rows, placed, rows = [[] for _ in range(capacity + 1)], [np.zeros(0, np.int64)], 0
+    for size in range(capacity, 0, -1):
+        left = int(sizes[size])
+        for room in range(size, capacity + 1):
+            if not left:
+                break
+            if room == capacity:
+                fresh = -(-left // (capacity // size))
+                open_rows[capacity] = [np.arange(rows, rows + fresh)]
+                rows += fresh
+            if not open_rows[room]:
+                continue
+            here, each = np.concatenate(open_rows[room]), room // size
+            used = here[: -(-left // each)]
+            items = np.repeat(used, each)[:left]
+            full = len(items) // each
+            open_rows[room] = [here[len(used) :]] if len(used) < len(here) else []
+            open_rows[room - each * size].append(used[:full])
+            if full < len(used):
+                open_rows[room - (len(items) - full * each) * size].append(used[full:])
+            placed.append(items)
+            left -= len(items)
+    return np.concatenate(placed), rows
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32), st.integers(1, 200), st.floats(0.2, 3))
+@settings(max_examples=200, deadline=None)
+@example(7, 0, 0, 1.0)
+def test_the_layout_is_what_it_was(capacity, seed, count, skew):
+    """Prepared runs go on: the order of their rows must not change."""
+    drawn = np.random.default_rng(seed).random(count) ** skew
+    sizes = np.bincount(np.ceil(drawn * capacity).astype(int), minlength=capacity + 1)
+    rows, number = pack(sizes, capacity)
+    want, wanted = _pack_by_rooms(sizes, capacity)
+    np.testing.assert_array_equal(rows, want)
+    assert number == wanted and rows.dtype == want.dtype
+
+
+def test_rows_of_many_multiples_are_planned_in_a_time_that_follows_the_documents():
+    """pad_multiple=1 and long rows: sizes times rooms would be 5e8."""
+    capacity = 1 << 15
+    sizes = np.ones(capacity + 1, np.int64)
+    before = time.process_time()
+    _, number = pack(sizes, capacity)
+    assert time.process_time() - before < 5 and number >= capacity // 2
 
 
 def test_a_realistic_mix_of_lengths_fills_rows():
