@@ -2,13 +2,13 @@
 
     python -m tests.torture --faults 1000 --out runs/torture
 
-A run is killed (-9), preempted (SIGTERM, once or twice), starved of disk space, deprived of its
-folder for a while, and handed a newest checkpoint that is flipped, cut or partly deleted, at random
-moments and in random combinations, until it is done. Then its metrics must be equal, bit for bit,
-to those of an undisturbed run, each document must have been trained on exactly as often, and the
-last checkpoint must hold the same state. Runs follow each other until there were enough faults.
-Each is drawn from (seed, number of the run), its result is a line of results.jsonl, and the same
-command goes on after the last of them.
+A run, two of whose steps are bad and rolled back, is killed (-9), preempted (SIGTERM, once or
+twice), starved of disk space, deprived of its folder for a while, and handed a newest checkpoint
+that is flipped, cut or partly deleted, at random moments and in random combinations, until it is
+done. Then its metrics must be equal, bit for bit, to those of an undisturbed run, each document
+must have been trained on exactly as often, and the last checkpoint must hold the same state. Runs
+follow each other until there were enough faults. Each is drawn from (seed, number of the run), its
+result is a line of results.jsonl, and the same command goes on after the last of them.
 """
 
 import argparse
