@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -61,35 +62,44 @@ def root_of(path: str) -> epath.Path:
 
 
 def matched(root: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """The files that a path stands for (its own, all below it, or a glob's), and the folders that
-    a glob matches."""
+    """The files that a path stands for (its own, all below it, or a glob's), and what else is
+    there: folders that a glob matches; links to nothing and pipes, which are never opened."""
     if root.is_dir():
-        return list(walk(root)), []
-    if root.is_file():
+        return walk(root)
+    if is_file(root):
         return [root], []
     if not any(c in root.name for c in "*?["):
         return [], []
-    found = list(root.parent.glob(root.name))
-    folders = {f for f in found if f.is_dir()}
-    return [f for f in found if f not in folders], list(folders)
+    files, others = [], []
+    for path in root.parent.glob(root.name):
+        (files if is_file(path) else others).append(path)
+    return files, others
 
 
-def walk(root: epath.Path) -> Iterator[epath.Path]:
-    """All files below a folder; epath's walk of a bucket names folders without the scheme."""
+def is_file(path: epath.Path) -> bool:
+    """Whether a path leads to a file; to epath a pipe is one."""
+    return path.is_file() if "://" in str(path) else os.path.isfile(path)
+
+
+def walk(root: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
+    """All files below a folder, and what else has a name there and is no folder; epath's walk of a
+    bucket names folders without the scheme."""
     if "://" not in str(root):
-        yield from map(epath.Path, _walk_local(str(root)))
-        return
+        return _walk_local(str(root))
     scheme = "".join(str(root).partition("://")[:2])
+    files = []
     for folder, _, names in root.walk(on_error=_raise):
         named = epath.Path(scheme + str(folder).removeprefix(scheme))
-        yield from (named / name for name in names)
+        files += [named / name for name in names]
+    return files, []
 
 
-def _walk_local(root: str) -> Iterator[str]:
-    """All files below a folder and below folders that are linked there. Each folder has one turn,
-    however many links lead to it: under its own name if it has one here."""
+def _walk_local(root: str) -> tuple[list[epath.Path], list[epath.Path]]:
+    """As walk, also below folders that are linked there. Each folder has one turn, however many
+    links lead to it: under its own name if it has one here."""
     seen: set[str] = set()
     own, linked = [root], []
+    files, others = [], []
     while own or linked:
         folder = own.pop() if own else linked.pop(0)
         real = os.path.realpath(folder)
@@ -98,10 +108,23 @@ def _walk_local(root: str) -> Iterator[str]:
         seen.add(real)
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
-        yield from (entry.path for entry in entries if not entry.is_dir())
-        folders = [entry for entry in entries if entry.is_dir()]
-        own += [entry.path for entry in folders if not entry.is_symlink()]
-        linked += [entry.path for entry in folders if entry.is_symlink()]
+        for entry in entries:
+            if _holds(entry.is_dir):
+                (linked if entry.is_symlink() else own).append(entry.path)
+            else:
+                kind = files if _holds(entry.is_file) else others
+                kind.append(epath.Path(entry.path))
+    return files, others
+
+
+def _holds(test: Callable[[], bool]) -> bool:
+    """test(), of a folder's entry; a link that leads to itself is nothing."""
+    try:
+        return test()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _raise(error: OSError) -> None:

@@ -32,6 +32,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tokenizers import Tokenizer
 
+from llada2_jax.data.chat import LLADA2_TEMPLATE
 from llada2_jax.data.documents import stable_hash
 from llada2_jax.data.encoders import EncodeOptions, make_encoder
 from llada2_jax.data.examples import BAD_ROW_KINDS, BadRow, Encoder, Example, encode_record
@@ -105,8 +106,6 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the job: JSON, and equal for equal outputs."""
-        template = self.tokenizer_files.get("chat_template.jinja", "")
-        template += self.tokenizer_files.get("tokenizer_config.json", "")
         described = {
             "version": FORMAT_VERSION,
             "source": dataclasses.asdict(self.source),
@@ -118,8 +117,14 @@ class Job:
             "special": dataclasses.asdict(self.special),
             "validation_percent": self.validation_percent,
         }
-        if self.encode.content in ("chat", "preference") and self.encode.template == "tokenizer":
-            described["template_sha256"] = hashlib.sha256(template.encode()).hexdigest()
+        templates = {
+            "llada2": LLADA2_TEMPLATE,
+            "tokenizer": self.tokenizer_files.get("chat_template.jinja", "")
+            + self.tokenizer_files.get("tokenizer_config.json", ""),
+        }
+        if self.encode.content in ("chat", "preference") and self.encode.template in templates:
+            text = templates[self.encode.template]  # any other is its own text, see encode
+            described["template_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         return described
 
 
@@ -219,6 +224,12 @@ def _explored(job: Job) -> tuple[Job, list[Unit], dict[str, Any]]:
         logging.getLogger(__name__).warning(
             "%s: %d files of format %s are read, %d are left out, such as %s (--format, --pattern)",
             *(source.path, files["read"], source.format, files["left_out"], files["example"]),
+        )
+    if files.get("no_files"):
+        logging.getLogger(__name__).warning(
+            "%s: %d links to nothing, pipes or the like are left out, such as %s: repair or remove "
+            "them if their texts are wanted",
+            *(source.path, files["no_files"], files["no_file"]),
         )
     return dataclasses.replace(job, source=source), units, files
 

@@ -26,6 +26,7 @@ from llada2_jax.data.examples import BadRow
 from llada2_jax.data.paths import (
     SourceError,
     bucket_errors,
+    is_file,
     matched,
     require,
     root_of,
@@ -145,13 +146,18 @@ def plan(spec: SourceSpec) -> list[Unit]:
 
 def survey(spec: SourceSpec) -> dict[str, Any]:
     """How many files a source is read from ("read"), how many are "left_out" and the name of one
-    of them ("example"); nothing of formats that are no files. Raises: SourceError, OSError."""
+    of them ("example"); if some of those are no files that can be read (links to nothing, pipes),
+    how many ("no_files") and one of them ("no_file"). Nothing of formats that are no files. Raises:
+    SourceError, OSError."""
     if not FORMATS[spec.format].patterns:
         return {}
     with bucket_errors(spec.path):
         files, others = list_files(spec)
     counts = {"read": len(files), "left_out": len(others)}
-    return counts | ({"example": str(others[0])} if others else {})
+    counts |= {"example": str(others[0])} if others else {}
+    local = "://" not in spec.path  # a bucket has nothing of the kind
+    odd = [f for f in others if local and not (is_file(f) or f.is_dir())]
+    return counts | ({"no_files": len(odd), "no_file": str(odd[0])} if odd else {})
 
 
 def read(spec: SourceSpec, unit: Unit) -> Iterator[Row]:
@@ -205,7 +211,10 @@ def list_files(spec: SourceSpec) -> tuple[list[epath.Path], list[epath.Path]]:
     if not chosen:
         such = f" ({len(others)} others, such as {others[0]})" if others else ""
         stars = " (stars may stand in its last part)" if "*" in str(root.parent) else ""
-        raise SourceError(f"{spec.path}: no such file, or none that matches {wanted}{such}{stars}")
+        raise SourceError(
+            f"{spec.path}: no such file (links to nothing and pipes are none), or none that "
+            f"matches {wanted}{such}{stars}"
+        )
     return sorted(chosen), others
 
 
@@ -442,6 +451,11 @@ class _ArrayRecord:
     patterns: tuple[str, ...] = ("*.array_record", "*.arrayrecord", "*.array_record-*")
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
+        if "://" in spec.path:
+            raise SourceError(
+                f"{spec.path}: ArrayRecord files are read from disks: mount the bucket (gcsfuse), "
+                "or copy them (gcloud storage rsync)"
+            )
         units = []
         for file, name in _files(spec):
             count, size = self._reader(str(file)).num_records(), file.stat().length
@@ -499,7 +513,7 @@ class _HuggingFace:
 
     def plan(self, spec: SourceSpec) -> list[Unit]:
         rows = len(self._load(spec.path, spec.split))
-        stamp = stamp_of(sorted(walk(root_of(spec.path))))
+        stamp = stamp_of(sorted(walk(root_of(spec.path))[0]))
         return [Unit(spec.path, "", a, b, b - a, stamp=stamp) for a, b in _ranges(rows, UNIT_ROWS)]
 
     @staticmethod

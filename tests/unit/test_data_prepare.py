@@ -379,6 +379,17 @@ def test_a_folder_of_another_job_is_left_alone(source, tmp_path):
     assert contents(tmp_path / "other") == {"notes.txt": b""}
 
 
+def test_a_folder_begun_under_another_built_in_template_is_refused(tmp_path, monkeypatch):
+    turns = [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "beta"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    task = job(path, content="chat", template="llada2")
+    prepare(task, tmp_path / "out", processes=1)
+    prepare(task, tmp_path / "out", processes=1)
+    monkeypatch.setattr(preparing, "LLADA2_TEMPLATE", preparing.LLADA2_TEMPLATE + " ")
+    with pytest.raises(PrepareError, match="was begun with another template_sha256"):
+        prepare(task, tmp_path / "out", processes=1)
+
+
 def test_long_documents_are_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "CHUNK_TOKENS", 16)
     rows = [" ".join(texts(30)), "short", " ".join(texts(50))]

@@ -96,7 +96,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SourceError, match=r"nothing\.jsonl: no such file"):
         prepare(job(tmp_path / "nothing.jsonl"), tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="empty: no such file, or none that matches"):
+    with pytest.raises(SourceError, match="empty: no such file .*, or none that matches"):
         prepare(job(tmp_path / "empty"), tmp_path / "out")
     with pytest.raises(SourceError, match="format 'csv': choose one of auto, jsonl"):
         prepare(job(tmp_path, source={"format": "csv"}), tmp_path / "out")
@@ -215,6 +215,35 @@ def test_planning_takes_time_in_proportion_to_the_files(tmp_path, monkeypatch):
     found, folders = paths.matched(Entry(tmp_path) / "*")
     assert sorted(f.name for f in found) == sorted(names) and len(folders) == 300
     assert len(comparisons) <= 2 * 600
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "huggingface"])
+def test_what_is_no_file_is_left_out_with_a_word_and_never_waited_for(kind, tmp_path, caplog):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    FORMATS[kind](folder, texts(9))
+    whole = prepare(job(folder), tmp_path / "whole", processes=1)
+    (folder / "a.txt").symlink_to(tmp_path / "nowhere.txt")
+    (folder / "loop.jsonl").symlink_to(folder / "loop.jsonl")  # to itself
+    os.mkfifo(folder / "c.txt")
+    os.mkfifo(folder / "d.arrow")
+    caplog.clear()
+    manifest = prepare(job(folder), tmp_path / "out", processes=1)
+    assert manifest["splits"] == whole["splits"] and manifest["shards"] == whole["shards"]
+    if kind == "huggingface":
+        return
+    assert manifest["files"]["read"] == whole["files"]["read"]
+    assert manifest["files"]["no_files"] == manifest["files"]["left_out"] == 4
+    assert f"4 links to nothing, pipes or the like are left out, such as {folder}/a" in caplog.text
+    for name in ("a.txt", "loop.jsonl", "c.txt", "[lc]*.*"):  # nor where they are asked for
+        with pytest.raises(SourceError, match="no such file .links to nothing and pipes are"):
+            prepare(job(folder / name), tmp_path / "other", processes=1)
+
+
+def test_array_records_in_a_bucket_are_refused_with_a_way_out(tmp_path):
+    task = job("gs://b/x", source={"format": "array_record"})
+    with pytest.raises(SourceError, match=r"gs://b/x: ArrayRecord .* mount .*\(gcsfuse\), or copy"):
+        prepare(task, tmp_path / "out", processes=1)
 
 
 def test_json_that_is_no_lines_is_bad_rows(tmp_path):
