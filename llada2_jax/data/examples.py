@@ -111,7 +111,8 @@ def decode_record(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarra
         raise ValueError(f"not a record of tokens: {len(record)} bytes, {size} tokens announced")
     ends = np.frombuffer(record, "<u4", runs, _HEADER.size).astype(np.int64)
     weights = np.frombuffer(record, "<f4", runs, _HEADER.size + 4 * runs)
-    sizes = np.diff(ends, prepend=0)
+    sizes = ends.copy()
+    sizes[1:] -= ends[:-1]
     if ends[-1] != size or (sizes < 0).any():
         raise ValueError(f"not a record of tokens: runs of weights end at {ends[-1]}, not {size}")
     tokens = np.frombuffer(record, dtype, size, at).astype(np.int32)
