@@ -15,7 +15,15 @@ from llada2_jax.data.preferences import PreferencePairs
 from llada2_jax.data.tokenizer import encode_text, vocab_size, whole_tokenizer
 from llada2_jax.types import SpecialTokens
 
-CONTENTS = ("text", "tokens", "chat", "preference")
+_CHAT = ("template", "today", "loss_turns", "system")
+# Fields of EncodeOptions that are for some contents only.
+_READ = {
+    "text": ("field", "prompt_field", "bos"),
+    "tokens": ("field", "prompt_field"),
+    "chat": _CHAT,
+    "preference": ("prompt_field", *_CHAT),
+}
+CONTENTS = tuple(_READ)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +34,10 @@ class EncodeOptions:
     template: "tokenizer" (its own), "llada2" (built in) or Jinja text. today: for templates that
     write a date. loss_turns: "all" assistant turns or the "last". system: opens conversations that
     have no system message. bos: open texts with the bos token, if there is one. row_length: longest
-    prompt that leaves something to learn in a row; 0: any."""
+    prompt that leaves something to learn in a row; 0: any.
+
+    Raises: ValueError that names a field, also one that is set and that the content does not read.
+    """
 
     content: str = "text"
     field: str = ""
@@ -44,6 +55,14 @@ class EncodeOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {choices}")
         if self.today:
             datetime.date.fromisoformat(self.today)
+        of_some = {name for names in _READ.values() for name in names}
+        for field in dataclasses.fields(self):
+            value, unread = getattr(self, field.name), of_some.difference(_READ[self.content])
+            if field.name in unread and value != field.default:
+                raise ValueError(
+                    f"{field.name}={value!r}: of rows with content={self.content!r} nothing reads "
+                    "it; leave it out"
+                )
 
 
 def make_encoder(

@@ -395,6 +395,22 @@ def test_options_are_checked():
         encoder(template="tokenizer")
 
 
+@pytest.mark.parametrize(
+    ("content", "options"),
+    [
+        ("text", {"system": "be kind"}),
+        ("tokens", {"bos": False}),
+        ("chat", {"field": "messages"}),
+        ("chat", {"prompt_field": "question"}),
+        ("preference", {"field": "chosen"}),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(content, options):
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}: of rows with content='{content}'"):
+        EncodeOptions(content, **options)
+
+
 # ---------------------------------------------------------------------------------- preferences
 
 Q, GOOD, BAD = said("user", "q"), said("assistant", "good"), said("assistant", "bad")
