@@ -68,8 +68,11 @@ class Requests:
         return SamplerOptions(max_new_tokens=self.new, block_size=self.block_size)
 
     def forwards(self, tokens_per_forward: float) -> float:
-        """Of a row: those that denoise, and one for each block that commits it."""
-        return self.new / tokens_per_forward + math.ceil(self.new / self.block_size)
+        """Of a row: those that denoise, at least one a block, and those that commit a block, which
+        the last one needs not."""
+        last = (self.prompt + self.new - 1) // self.block_size
+        blocks = last - self.prompt // self.block_size + 1
+        return max(self.new / tokens_per_forward, blocks) + blocks - 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,6 +91,7 @@ class Run:
     mesh: Mesh
     refer: Refer
     rollback_to: int = 0  # the last step that the schedule or a rollback saved, whatever else was
+    waits_until: int = 0  # checkpoints up to here are waited for: they were lost once
     latest: dict[str, Any] = dataclasses.field(default_factory=dict)  # metrics of the last step
     steps: dict[str, Callable] = dataclasses.field(default_factory=dict)
     evals: dict[str, Callable] = dataclasses.field(default_factory=dict)
@@ -415,7 +416,7 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) ->
             if saves or event is not None:
                 run.rollback_to = done
             if run.rollback_to == done or run.checkpoints.failed:
-                _save(run, done, scores)
+                _save(run, done, scores, wait=done <= run.waits_until)
             pending = _Pending()
     return cfg.total_steps
 
@@ -538,6 +539,7 @@ def _react(run: Run, done: int, policy: str, event: str, step: int) -> int:
     name = run.cfg.phase_at(done - 1)[1].name
     if source < target:
         run.state, run.rollback_to = earlier, rollback_to
+        run.waits_until = target
         run.checkpoints.discard_after(source)
         run.logger.cut_back(source)
         run.logger.advance(source - done, name)

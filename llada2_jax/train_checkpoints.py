@@ -207,9 +207,15 @@ class TrainCheckpoints:
                 _log.warning("checkpoint %d was not removed: %s", step, describe(error))
 
     def _remove(self, step: int) -> None:
-        aside = self.folder / f"{step}{DELETED}"  # no half-deleted step under its name
+        """Takes the step its name, so that none is half-deleted, and then its files: what is left
+        of those costs space, no more."""
+        aside = self.folder / f"{step}{DELETED}"
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier step of this number
         (self.folder / str(step)).rename(aside)
-        shutil.rmtree(aside)
+        try:
+            shutil.rmtree(aside)
+        except OSError as error:
+            _log.warning("%s was not removed: %s", aside, describe(error))
 
     def _discard_partial(self, step: int) -> None:
         """Frees the space of a failed write, and starts over with a checkpointer without a past."""

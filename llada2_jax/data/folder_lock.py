@@ -50,7 +50,10 @@ def lock_folder(folder: Path) -> FolderLock:
 
     Raises: LockedError if another process has it; OSError.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's, in a shared folder
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
     try:
         _take(descriptor, folder)
     except BaseException:

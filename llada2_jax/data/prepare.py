@@ -168,8 +168,11 @@ def prepare(
     own_files = functools.partial(
         with_retries, what=f"writing {folder}", seconds=job.retry_seconds, passes=_may_pass
     )
-    own_files(lambda: _make(folder))
+    own_files(lambda: folder.mkdir(parents=True, exist_ok=True))
+    if not (folder / LOCK).exists():  # no lock in somebody else's folder
+        _check_prepared(folder)
     with own_files(lambda: lock_folder(folder)) as lock:
+        _check_prepared(folder)
         if overwrite:
             clear(folder)
         own_files(lambda: _record_plan(folder, job, units))
@@ -234,11 +237,16 @@ def _explored(job: Job) -> tuple[Job, list[Unit], dict[str, Any]]:
     return dataclasses.replace(job, source=source), units, files
 
 
-def _make(folder: Path) -> None:
-    """Makes the folder. Raises: PrepareError if it is there and somebody else's; OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    expected = {folder / TOKENIZER, folder / LOCK, *_torn_plans(folder)}
-    if not (folder / PLAN).exists() and not expected.issuperset(folder.iterdir()):
+def _inside(folder: Path) -> list[Path]:
+    """What is in a prepared folder, but for its lock, and for what NFS keeps of removed files while
+    somebody reads them."""
+    return [p for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(".nfs")]
+
+
+def _check_prepared(folder: Path) -> None:
+    """Raises: PrepareError if the folder is somebody else's; OSError."""
+    expected = {folder / TOKENIZER, *_torn_plans(folder)}
+    if not (folder / PLAN).exists() and not expected.issuperset(_inside(folder)):
         raise PrepareError(
             f"{folder} holds other files and no {PLAN}, so it was not prepared: name an empty or a "
             "new folder"
@@ -284,14 +292,16 @@ def _read_own(path: Path, fields: Iterable[str]) -> dict[str, Any]:
 def clear(folder: Path) -> None:
     """Removes what is in a prepared folder, but for its lock. Raises: PrepareError, before anything
     is removed, if it holds what `prepare` does not write; OSError."""
-    inside = [path for path in folder.iterdir() if path.name != LOCK]
+    inside = _inside(folder)
     if foreign := sorted(path for path in inside if not _is_own(path)):
         raise PrepareError(
             f"{foreign[0]} is not of the prepared data that --overwrite replaces: move it away, or "
             "choose another folder"
         )
-    # A unit is not done without its report, and the folder is a prepared one until the end.
-    for path in sorted(inside, key=lambda p: (p.name == PLAN, p.suffix != ".json")):
+    # A unit is not done without its report, and the folder is a prepared one until the end. The
+    # tokenizer is written when there is no plan.
+    order = {TOKENIZER: 2, PLAN: 1}
+    for path in sorted(inside, key=lambda p: (order.get(p.name, 0), p.suffix != ".json")):
         shutil.rmtree(path) if path.name == TOKENIZER else path.unlink()
 
 

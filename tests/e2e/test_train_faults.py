@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import types
 
@@ -211,6 +212,25 @@ def test_a_rollback_takes_the_steps_to_a_lost_checkpoint_again(
     fault(monkeypatch, 8)
     train(rolling_back(folder, tmp_path, keep_last))
     assert ending(tmp_path) == rolled_back
+
+
+def test_a_checkpoint_that_is_taken_again_is_waited_for(folder, tmp_path, monkeypatch, rolled_back):
+    """Or a run would take the same steps as long as writes in the background fail."""
+    monkeypatch.setattr(train_module, "embedding_noise_sigma", life.spoiling({11}))
+    commit, lost = TrainCheckpoints._commit, []
+
+    def fails_in_background(self, step, *args):
+        in_background = threading.current_thread() is not threading.main_thread()
+        if step != 8 or not in_background or len(lost) == 3:  # a run that fails ends, too
+            return commit(self, step, *args)
+        lost.append(step)
+        self._checkpointer.wait_until_finished()
+        shutil.rmtree(self.folder / str(step))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TrainCheckpoints, "_commit", fails_in_background)
+    train(rolling_back(folder, tmp_path))
+    assert ending(tmp_path) == rolled_back and len(lost) == 1
 
 
 def test_going_back_or_on_needs_no_room_for_two_states(folder, tmp_path, monkeypatch):

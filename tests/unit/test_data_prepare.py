@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from llada2_jax.data.prepare import (
 from llada2_jax.data.prepared import PreparedDocuments, PreparedError, read_manifest
 from llada2_jax.data.sources import SourceError
 from llada2_jax.errors import UsageError
-from llada2_jax.files import ENOUGH_FILES, open_files_limit
+from llada2_jax.files import ENOUGH_FILES, open_files_limit, raise_open_files_limit
 from tests.data_helpers import (
     FORMATS,
     SPECIAL,
@@ -293,6 +294,49 @@ def test_overwriting_removes_nothing_but_what_was_prepared(source, tmp_path):
     prepare(job(source), out, processes=1, overwrite=True)
     prepare(job(source), tmp_path / "whole", processes=1)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("last", [PLAN, "tokenizer"])
+def test_an_overwrite_that_is_killed_leaves_a_folder_to_go_on_with(
+    last, source, tmp_path, monkeypatch
+):
+    """At the end, where little but the plan and the tokenizer is left."""
+    out = tmp_path / "out"
+    prepare(job(source), tmp_path / "whole", processes=1)
+    prepare(job(source), out, processes=1)
+    with monkeypatch.context() as patch:
+
+        def killed(path, *args, **kwargs):
+            if path.name == last:
+                raise KeyboardInterrupt
+            return (unlink if path.is_file() else rmtree)(path, *args, **kwargs)
+
+        unlink, rmtree = Path.unlink, shutil.rmtree
+        patch.setattr(Path, "unlink", killed)
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(job(source), out, processes=1, overwrite=True)
+    prepare(job(source), out, processes=1)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_nfs_keeps_of_removed_files_is_nobodys(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(job(source), out, processes=1)
+    (out / ".nfs000000000012ab").touch()
+    prepare(job(source, bos=False), out, processes=1, overwrite=True)
+
+
+def test_a_folder_that_another_one_begins_is_locked_and_not_somebody_elses(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 0.0)
+    out = tmp_path / "out"
+    out.mkdir()
+    with folder_lock.lock_folder(out):
+        (out / "00000.train.array_record").touch()
+        with pytest.raises(LockedError, match="is being written by another process"):
+            prepare(job(source), out, processes=1)
 
 
 def test_a_linked_output_is_overwritten(source, tmp_path):
@@ -723,18 +767,13 @@ def test_a_damaged_record_does_not_make_others_unreadable(shard):
     assert shard.read(8)[:5] == b"00008"
 
 
-def test_a_record_takes_no_longer_in_a_large_shard(tmp_path):
-    """Where ArrayRecord reads given records, each takes 200 µs here; by seeking, some 6."""
-    writer = ArrayRecordWriter(str(tmp_path / "x.array_record"), "group_size:1,zstd:3")
-    for i in range(60_000):
-        writer.write(f"{i:05d}".encode())
-    writer.close()
-    shard = shards.Shard(tmp_path / "x.array_record", 60_000)
-    shard.read(0)
-    before = time.process_time()
-    for number in range(0, 60_000, 200):
-        assert shard.read(number) == f"{number:05d}".encode()
-    assert time.process_time() - before < 300 * 60e-6
+def test_a_system_that_allows_no_more_files_is_no_error(monkeypatch):
+    def refuse(*_):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    raise_open_files_limit()
 
 
 def test_commands_may_open_as_many_files_as_the_system_allows(monkeypatch):

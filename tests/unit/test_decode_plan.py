@@ -97,13 +97,21 @@ def test_a_pass_is_limited_by_memory_or_by_matmuls():
     assert one.prefill == Pass(0.0, 0.0)
 
 
+def test_forwards_of_a_row():
+    """The last block is not committed; blocks are counted from the row's beginning."""
+    assert Requests(1, 4096, 32).forwards(8) == 4
+    assert Requests(1, 4096, 1024).forwards(4) == 256 + 31
+    assert Requests(1, 100, 32).forwards(8) == 4 + 1
+    assert Requests(1, 31, 2).forwards(8) == 2 + 1  # a forward a block at least
+
+
 def test_speed_grows_with_tokens_a_forward_and_with_devices():
     one, eight = (
         plan_decoding(MINI, REQUESTS, slice_named(f"h100-80gb-{n}"), compiled=False) for n in (1, 8)
     )
     assert eight.speeds == {n: pytest.approx(8 * speed) for n, speed in one.speeds.items()}
     prefill, forward = one.prefill.seconds(one.slice), one.forward.seconds(one.slice)
-    assert one.speeds[4] == pytest.approx(8 * 1024 / (prefill + (256 + 32) * forward))
+    assert one.speeds[4] == pytest.approx(8 * 1024 / (prefill + (256 + 31) * forward))
     assert list(one.speeds.values()) == sorted(one.speeds.values())
     small = dataclasses.replace(REQUESTS, block_size=2)
     assert [*plan_decoding(MINI, small, one.slice, compiled=False).speeds] == [1, 2]

@@ -455,6 +455,21 @@ def test_storage_that_stays_away_ends_in_one_clear_error(run):
     checkpoints.close()
 
 
+def test_files_that_cannot_be_deleted_cost_space_and_no_more(run, monkeypatch, caplog):
+    checkpoints, rmtree = TrainCheckpoints(run, CFG), shutil.rmtree
+    (run / "checkpoints/3.deleted/left").mkdir(parents=True)  # of an earlier step 3
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(5, "Input/output error")
+        rmtree(path, ignore_errors=True)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    checkpoints.discard_after(1)
+    assert checkpoints.steps() == [1] and "3.deleted was not removed" in caplog.text
+    checkpoints.close()
+
+
 def test_what_a_killed_process_left_is_removed(run):
     for name in ("4.orbax-checkpoint-tmp-7", "1.deleted"):
         shutil.copytree(run / "checkpoints/3", run / "checkpoints" / name)
