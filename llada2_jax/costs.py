@@ -60,6 +60,11 @@ def forward_flops(
     return {n: (1 if n == "head" else halves(objective)) * f for n, f in position.items()}
 
 
+def number_bytes(cfg: ModelConfig) -> int:
+    """Of a number in the dtype of activations."""
+    return 2 if cfg.dtype == "bfloat16" else 4
+
+
 def position_flops(cfg: ModelConfig, keys: float) -> dict[str, float]:
     """FLOPs of the forward pass over one position that sees so many keys, by part."""
     d, h = cfg.hidden_size, cfg.head_dim
@@ -156,7 +161,7 @@ def link_bytes(
     in the dtype of activations.
     """
     model, sizes = work.model, work.sizes
-    width = 2 if model.dtype == "bfloat16" else 4
+    width = number_bytes(model)
     received = dict.fromkeys(sizes, 0.0)
     learned = {place.name for place in (params if trained is None else trained)}
     for place in params:
@@ -198,7 +203,7 @@ def working_bytes(
     and the largest layer at work: its gathered weights with their gradients, and the experts'
     rows."""
     model, sizes = work.model, work.sizes
-    width = 2 if model.dtype == "bfloat16" else 4
+    width = number_bytes(model)
     several = work.micro_batches > 1  # summed in fp32, beside those of the micro-batch at hand
     learned = params if trained is None else trained
     stored = sum(place.bytes_per_device for place in learned)
@@ -263,7 +268,7 @@ def roofline(
     """state_bytes: of parameters and optimizer state on a device. trained: as in link_bytes."""
     chip, tokens = slice_.chip, work.cfg.tokens_per_step
     peak = slice_.chips * chip.flops
-    width = 2 if work.model.dtype == "bfloat16" else 4
+    width = number_bytes(work.model)
     passes = (2 + work.recomputes) * work.micro_batches
     weights = sum(_whole_bytes(place, work.sizes, width) for place in params)
     traffic = passes * weights + 2 * state_bytes

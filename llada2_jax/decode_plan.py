@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 
-from llada2_jax.costs import position_flops
+from llada2_jax.costs import number_bytes, position_flops
 from llada2_jax.device_memory import Memory, compiled_bytes
 from llada2_jax.errors import UsageError
 from llada2_jax.hardware import Slice
@@ -112,19 +112,13 @@ class DecodePlan:
 
     def record(self) -> dict[str, Any]:
         """What --json prints; bytes are a device's, tokens per second the slice's."""
-        memory = self.memory
         passes = {"prefill": self.prefill, "forward": self.forward}
         return {
             "slice": self.slice.name,
             "chips": self.slice.chips,
             "devices": self.slice.devices,
             "requests_a_device": dataclasses.asdict(self.requests),
-            "fits": memory.fits,
-            "memory_from": memory.source,
-            "compile_seconds": round(memory.seconds, 1),
-            "bytes": {**memory.state, "temporaries": memory.temporaries, "peak": memory.peak},
-            "bytes_limit": memory.limit,
-            "computed_temporaries": memory.parts,
+            **self.memory.record(),
             "flops": {name: each.flops for name, each in passes.items()},
             "traffic": {name: each.traffic for name, each in passes.items()},
             "seconds": {name: each.seconds(self.slice) for name, each in passes.items()},
@@ -188,13 +182,9 @@ def _compiled(
     return memory.compiled_to(needed, sum(memory.state.values()), time.perf_counter() - start)
 
 
-def _width(model: ModelConfig) -> int:
-    return 2 if model.dtype == "bfloat16" else 4
-
-
 def _token_bytes(model: ModelConfig) -> float:
     """Of a token's keys and values."""
-    return 2.0 * model.num_layers * model.num_kv_heads * model.head_dim * _width(model)
+    return 2.0 * model.num_layers * model.num_kv_heads * model.head_dim * number_bytes(model)
 
 
 def _working_bytes(model: ModelConfig, requests: Requests) -> dict[str, float]:
@@ -206,7 +196,7 @@ def _working_bytes(model: ModelConfig, requests: Requests) -> dict[str, float]:
     expert = 2 * model.hidden_size + 3 * model.moe_intermediate_size
     return {
         "keys and values of the prompts": prompts * _token_bytes(model),
-        "a layer at work": float(rows * expert * _width(model)),
+        "a layer at work": float(rows * expert * number_bytes(model)),
         "logits": 2.0 * 4 * requests.rows * requests.block_size * model.vocab_size,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 from rich.table import Table
@@ -32,17 +33,24 @@ class Memory:
     def fits(self) -> bool:
         return self.peak <= self.limit
 
-    @property
-    def source(self) -> str:
-        return "libtpu" if self.compiled else "computed"
-
     def compiled_to(self, needed: float, held: float, seconds: float) -> Memory:
         """With temporaries of a program that needs `needed` bytes, `held` of them the state's."""
         return dataclasses.replace(self, temporaries=needed - held, compiled=True, seconds=seconds)
 
+    def record(self) -> dict[str, Any]:
+        """What --json prints of it: bytes, and seconds to compile."""
+        return {
+            "fits": self.fits,
+            "memory_from": "libtpu" if self.compiled else "computed",
+            "compile_seconds": round(self.seconds, 1),
+            "bytes": {**self.state, "temporaries": self.temporaries, "peak": self.peak},
+            "bytes_limit": self.limit,
+            "computed_temporaries": self.parts,
+        }
+
     def table(self) -> Table:
         """For people."""
-        source = self.source if self.compiled else "computed, not compiled"
+        source = "libtpu" if self.compiled else "computed, not compiled"
         table = Table(title=f"Memory of a device ({source})", title_justify="left")
         table.add_column("kind")
         table.add_column("GiB", justify="right")

@@ -119,8 +119,7 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """What --json prints; bytes are a device's, seconds a step's."""
-        work, roof, memory = self.work, self.roofline, self.memory
-        flops = work.flops
+        work, roof, flops = self.work, self.roofline, self.work.flops
         return {
             "slice": self.slice.name,
             "chips": self.slice.chips,
@@ -131,12 +130,7 @@ class Plan:
             "objective": work.objective,
             "block_size": work.block_size,
             "expert_buffer": _expert_buffer(work),
-            "fits": memory.fits,
-            "memory_from": memory.source,
-            "compile_seconds": round(memory.seconds, 1),
-            "bytes": {**memory.state, "temporaries": memory.temporaries, "peak": memory.peak},
-            "bytes_limit": memory.limit,
-            "computed_temporaries": memory.parts,
+            **self.memory.record(),
             "model_flops_per_token": {**flops, "all": sum(flops.values())},
             "link_bytes": {axis: size for axis, size in self.links.items() if size},
             "seconds": {

@@ -8,6 +8,7 @@ from pathlib import Path
 from array_record.python.array_record_module import ArrayRecordWriter
 from tokenizers import Tokenizer
 
+from llada2_jax.data import sources
 from llada2_jax.data.encoders import EncodeOptions
 from llada2_jax.data.prepare import Job
 from llada2_jax.data.prepared import PreparedDocuments
@@ -126,3 +127,11 @@ FORMATS = {
     "array_record": _array_record,
     "huggingface": _huggingface,
 }
+
+
+def eight_units(folder: Path, monkeypatch) -> Path:
+    """Makes a folder of one file that falls into eight units."""
+    folder.mkdir()
+    path = write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(60)])
+    monkeypatch.setattr(sources, "UNIT_BYTES", -(-path.stat().st_size // 8))
+    return folder

@@ -142,19 +142,21 @@ def test_a_rollback_goes_back_and_skips_the_range(folder, tmp_path, monkeypatch)
             assert {k: x[k] for k in same} == {k: wanted[x["step"]][k] for k in same}
 
 
-def lose_write(monkeypatch, number: int) -> None:
-    """The first write of checkpoint `number` fails once the run has gone on."""
+def lose_write(monkeypatch, number: int, times: int = 1) -> list[int]:
+    """So many writes of checkpoint `number` fail once the run has gone on; returns their list."""
     commit, lost = TrainCheckpoints._commit, []
 
-    def fails_once(self, step, *args):
-        if step != number or lost:
+    def fails(self, step, *args):
+        waited_for = threading.current_thread() is threading.main_thread()
+        if step != number or waited_for or len(lost) == times:
             return commit(self, step, *args)
         lost.append(step)
         self._checkpointer.wait_until_finished()
         shutil.rmtree(self.folder / str(step))
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(TrainCheckpoints, "_commit", fails_once)
+    monkeypatch.setattr(TrainCheckpoints, "_commit", fails)
+    return lost
 
 
 def damage(monkeypatch, number: int) -> None:
@@ -217,18 +219,7 @@ def test_a_rollback_takes_the_steps_to_a_lost_checkpoint_again(
 def test_a_checkpoint_that_is_taken_again_is_waited_for(folder, tmp_path, monkeypatch, rolled_back):
     """Or a run would take the same steps as long as writes in the background fail."""
     monkeypatch.setattr(train_module, "embedding_noise_sigma", life.spoiling({11}))
-    commit, lost = TrainCheckpoints._commit, []
-
-    def fails_in_background(self, step, *args):
-        in_background = threading.current_thread() is not threading.main_thread()
-        if step != 8 or not in_background or len(lost) == 3:  # a run that fails ends, too
-            return commit(self, step, *args)
-        lost.append(step)
-        self._checkpointer.wait_until_finished()
-        shutil.rmtree(self.folder / str(step))
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(TrainCheckpoints, "_commit", fails_in_background)
+    lost = lose_write(monkeypatch, 8, times=3)
     train(rolling_back(folder, tmp_path))
     assert ending(tmp_path) == rolled_back and len(lost) == 1
 
