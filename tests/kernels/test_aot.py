@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import aot
-from pallas_kernels.shapes import ATTENTION
+from pallas_kernels.shapes import ATTENTION, AttentionShape
 
 COMPILER = Path(os.environ.get("TPU_LIBRARY_PATH", aot.LIBTPU))
 needs_libtpu = pytest.mark.skipif(
@@ -25,11 +25,22 @@ def test_training_attention_compiles_in_linear_memory(chip):
     assert 0 < compiled.temporaries < 2 * operands, "scores of a head alone are 128 MiB in bf16"
 
 
+TWELVE = AttentionShape(heads=48, kv_heads=4, head_dim=128)  # heads a group: no power of two
+
+
 @needs_libtpu
-@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
-def test_decode_attention_compiles(paged):
-    program, arguments = aot.decoding_attention(ATTENTION["mini"], 4096, paged=paged)
-    compiled = aot.compile_for(aot.tpu_device("v5e"), program, *arguments)
+@pytest.mark.parametrize(
+    "chip, shape, paged",
+    [
+        ("v5e", ATTENTION["mini"], True),
+        ("v5e", TWELVE, False),
+        ("tpu7x", ATTENTION["mini"], False),
+    ],
+    ids=["v5e-paged", "v5e-twelve", "tpu7x-contiguous"],
+)
+def test_decode_attention_compiles(chip, shape, paged):
+    program, arguments = aot.decoding_attention(shape, 4096, paged=paged)
+    compiled = aot.compile_for(aot.tpu_device(chip), program, *arguments)
     assert compiled.temporaries < 16 * 2**20, "the cache is read in place"
 
 

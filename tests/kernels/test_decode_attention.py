@@ -174,6 +174,16 @@ def test_the_tpu_schedule_follows_the_lengths(lengths, part, parts):
     assert plan.left[:count].tolist() == [lengths[r] - c * width for r, c in steps]
 
 
+@pytest.mark.parametrize("rows", [16, 32, 192, 384, 768, 8192])
+def test_a_copy_of_a_part_of_a_cache_is_whole_tiles(monkeypatch, rows):
+    """Also for groups or blocks that are no power of two."""
+    monkeypatch.undo()  # the chunks that ship
+    pool = jnp.zeros((1, KV_HEADS, 4096, HEAD_DIM))
+    part, parts = tpu._chunk_shape(ContiguousCache(pool, pool, jnp.zeros(1, jnp.int32)), rows)
+    assert part % 128 == 0 and parts == 1
+    assert part == 128 or part * rows <= tpu._SCORES
+
+
 def test_what_does_not_fit_is_named():
     q, k, v, own = tokens_under_way(0, [(1,)] * ROWS)
     cache = contiguous(0, [1, 2, 3])

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.block_attention.decode.cache import Cache, PagedCache
 from pallas_kernels.block_attention.decode.online_softmax import Partial, attend, no_keys, output
-from pallas_kernels.block_attention.tpu.memory import check_scalars
+from pallas_kernels.block_attention.tpu.memory import LANES, check_scalars
 
 _SCORES = 2**18  # scores a step, at most: one MiB of fp32
 _CHUNK = 1024  # keys a step, at most: longer copies would not be faster
@@ -148,8 +148,9 @@ def _pad_queries(q, mask):
 
 
 def _chunk_shape(cache: Cache, rows: int) -> tuple[int, int]:
-    """Positions of a copy, and copies a step: a step's scores stay within _SCORES."""
-    target = max(min(_SCORES // rows, _CHUNK), 128)
+    """Positions of a copy, and copies a step: a step's scores stay within _SCORES. A copy of a part
+    of a cache is whole tiles."""
+    target = max(min(_SCORES // rows, _CHUNK) // LANES, 1) * LANES
     if isinstance(cache, PagedCache):
         return cache.page_size, max(min(target, cache.capacity) // cache.page_size, 1)
     return min(target, cache.capacity), 1
