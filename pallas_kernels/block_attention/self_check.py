@@ -18,6 +18,7 @@ import numpy as np
 from pallas_kernels.block_attention.reference import attend_reference
 from pallas_kernels.block_attention.selection import difference, first_proven
 from pallas_kernels.block_layout import (
+    CLEAN,
     BlockLayout,
     block_index,
     concatenate,
@@ -92,8 +93,13 @@ def sampled_queries(q_shape, k_shape):
 
 
 def rows_of(documents: list[int], batch: int, spans: Spans) -> BlockLayout:
-    """Rows of these documents and one that fills the rest, with padding behind documents."""
+    """Rows of these documents and one that fills the rest, with padding behind documents.
+
+    A noisy half alone is MDLM's, one block a document: small blocks would be a diagonal, without a
+    step that takes no mask.
+    """
     length = spans[0][1]
+    block_size = BLOCK_SIZE if any(half == CLEAN for half, _ in spans) else length
     padding = min(19, length // 8) if documents else 0
     ends = np.minimum(np.cumsum([*documents, length]), length - padding)
     index = np.arange(length)
@@ -101,7 +107,7 @@ def rows_of(documents: list[int], batch: int, spans: Spans) -> BlockLayout:
     starts = np.concatenate([[0], ends])
     positions = (index - starts[document])[None].repeat(batch, 0).astype(np.int32)
     segment = np.where(document < len(ends), document + 1, 0)[None].repeat(batch, 0)
-    block = block_index(positions, BLOCK_SIZE, "document")
+    block = block_index(positions, block_size, "document")
     halves = [half_layout(block, jnp.asarray(segment, jnp.int32), half) for half, _ in spans]
     return concatenate(halves)
 

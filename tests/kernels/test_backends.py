@@ -217,6 +217,21 @@ def test_what_runs_is_what_is_proven(on_tpu, attend):
     assert select(attend, long_q, long_k, rows_of([], 1, spans)) == "xla"
 
 
+def forgets_a_window_from_afar(q, k, v, layout, *, backend):
+    """As a step without a mask would that is never taken."""
+    window = jnp.arange(k.shape[1]) // 128
+    keys = type(layout)(layout.block, jnp.where(window == 4, 0, layout.segment), layout.spans)
+    far = (abs(window - 4) > 2)[:, None, None]
+    near = exact(q, k, v, layout, backend=backend)
+    return jnp.where(far, attend_reference(q, k, v, layout, keys), near)
+
+
+def test_the_proof_of_a_noisy_half_alone_reaches_far_keys(on_tpu):
+    q, k = (jax.ShapeDtypeStruct((1, 1024, n, 16), jnp.float32) for n in (4, 2))
+    layout = rows_of([], 1, ((NOISY, 1024),))
+    assert select(forgets_a_window_from_afar, q, k, layout) == "xla"
+
+
 @pytest.mark.parametrize("scores", [1 << 24, 1 << 12])
 def test_the_oracle_of_the_check_is_the_oracle(monkeypatch, scores):
     monkeypatch.setattr(checking, "SCORES", scores)
