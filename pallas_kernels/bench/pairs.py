@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,16 +65,17 @@ def _ratios(
     return {name: [round(x / ideal, 3) for x in pair] for name, pair in counts.items()}
 
 
-def _gpu(intervals: KeyIntervals, keys: int) -> Pairs:
+def _gpu(implementation: gpu.Implementation, intervals: KeyIntervals, keys: int) -> Pairs:
     mini = ATTENTION["mini"]
     q = jax.ShapeDtypeStruct((1, keys, mini.heads, mini.head_dim), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, keys, mini.kv_heads, mini.head_dim), jnp.bfloat16)
-    return gpu.computed_pairs(intervals, keys, gpu.default_tiles("mosaic", q, k))
+    return gpu.computed_pairs(intervals, keys, gpu.default_tiles(implementation, q, k))
 
 
 SCHEDULES: dict[str, Callable[[KeyIntervals, int], Pairs]] = {
     "tpu": tpu.computed_pairs,
-    "gpu": _gpu,
+    "mosaic": functools.partial(_gpu, "mosaic"),
+    "triton": functools.partial(_gpu, "triton"),
     "splash": splash.computed_pairs,
 }
 """Backends whose schedule follows the documents of each row."""

@@ -52,6 +52,7 @@ What has been verified, and where (no GPU was at hand; none of this has run or b
 """
 
 from pallas_kernels.block_attention.gpu.attention import (
+    Implementation,
     attend_gpu,
     choose,
     computed_pairs,
@@ -59,4 +60,4 @@ from pallas_kernels.block_attention.gpu.attention import (
 )
 from pallas_kernels.block_attention.gpu.schedule import Tiles
 
-__all__ = ["Tiles", "attend_gpu", "choose", "computed_pairs", "default_tiles"]
+__all__ = ["Implementation", "Tiles", "attend_gpu", "choose", "computed_pairs", "default_tiles"]
