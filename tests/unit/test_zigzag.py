@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_attention import block_attention
+from pallas_kernels.block_attention.gpu import attend_gpu
 from pallas_kernels.block_attention.tpu import attend_tpu
 from pallas_kernels.block_layout import (
     CLEAN,
@@ -39,7 +40,7 @@ def test_without_documents_all_devices_have_equal_pairs(halves):
     assert found.shape == (2,) and (found >= 1).all() and found.max() > 1.01
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference", "tpu"])
+@pytest.mark.parametrize("backend", ["xla", "reference", "tpu", "triton"])
 def test_attention_of_a_part_of_the_queries(backend):
     """The parts make up the whole, forward and backward; padding's NaN goes nowhere."""
     layout = packed_layout(np.random.default_rng(1), 2, 128, 40, block_size=8, padding=5)
@@ -57,6 +58,9 @@ def test_attention_of_a_part_of_the_queries(backend):
             intervals = key_intervals(layout).at(at)
             some = layout.segment != PADDING
             return attend_tpu(q[:, at], k, v, intervals, real=some, interpret=True)
+        if backend == "triton":
+            intervals = key_intervals(layout).at(at)
+            return attend_gpu(q[:, at], k, v, intervals, implementation="triton", interpret=True)
         return block_attention(q[:, at], [(k, v, layout)], queries, at=at, backend=backend)
 
     def whole(q, k, v):
