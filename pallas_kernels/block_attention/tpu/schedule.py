@@ -2,9 +2,10 @@
 
 A tile of neighbouring queries sees, in each of its two key intervals, a run of keys: the hull of
 what its queries see. The hull is cut into windows of `Tiles.keys`. Windows that every query of the
-tile sees completely need no mask and are taken several at a time. What no query of a tile sees
-costs it nothing, apart from the rest of the last window. So a row's schedule is
-`tiles x 2 runs x 4` integers: O(length / tile), whatever the documents.
+tile sees completely need no mask and are taken several at a time; those left over, which fill no
+wide step, are masked all the same: one loop fewer. What no query of a tile sees costs it nothing,
+apart from the rest of the last window. So a row's schedule is `tiles x 2 runs x 4` integers:
+O(length / tile), whatever the documents.
 
     hull of a run      [ first ................................. )
     windows            | m | m |    wide    |    wide    | m | m |       m: one window, masked
