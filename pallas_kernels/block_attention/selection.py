@@ -33,9 +33,9 @@ def first_proven(
 
     Decided once for each `what`, `where` and kind of device; also while something else is being
     traced. A kernel that is refused is a warning with the reason, and so is the choice, where there
-    was one: commands show warnings. If what is being traced runs on several processes, a kernel has
-    to pass on all of them, so that they agree. For a device that is only described, to compile for
-    it, the first kernel is taken unproven.
+    was one: commands show warnings; where there was none, it is an INFO. If what is being traced
+    runs on several processes, a kernel has to pass on all of them, so that they agree. For a device
+    that is only described, to compile for it, the first kernel is taken unproven.
 
     Args:
       what: that is chosen. where: all that the proof depends on beside the device.
@@ -69,6 +69,8 @@ def _first_proven(what: str, candidates, prove: Prove, where: str, device, toget
         logger.warning("%s: %r is not used on %s (%s): %s", what, backend, kind, where, fault)
     if candidates:
         _warn_once(f"{what}: 'xla' on {kind}, since no kernel passed")
+    else:
+        logger.info("%s: 'xla' on %s, which no kernel is for", what, kind)
     return "xla"
 
 

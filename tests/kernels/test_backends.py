@@ -302,13 +302,16 @@ def test_the_device_is_one_that_runs(monkeypatch):
         assert selection.device_at_hand() == (DEVICE, True)
 
 
-def test_auto_is_the_default_and_xla_on_cpu():
+def test_auto_is_the_default_and_xla_on_cpu(caplog):
+    caplog.set_level(logging.INFO, logger=selection.__name__)
     layout = rows_of([1, 13, 21], 2, BOTH)
     q, k, v, _ = checking._inputs(Q.shape, K.shape, Q.dtype, np.arange(128))
     auto = block_attention(q, [(k, v, layout)], layout)
     xla = block_attention(q, [(k, v, layout)], layout, backend="xla")
     np.testing.assert_array_equal(auto, xla)
     assert select(api._attend_to_self, q, k, layout) == "xla"
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO and "'xla' on cpu" in record.getMessage()
 
 
 def test_the_check_passes_what_is_right_on_this_device():
