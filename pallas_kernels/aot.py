@@ -177,9 +177,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="records instead of a table")
     args = parser.parse_args(argv)
+    programs = [p for p in _programs(args.models, args.lengths) if args.only in p[0]]
+    if not programs:
+        names = dict.fromkeys(kernel for kernel, *_ in _programs(args.models, args.lengths))
+        parser.error(f"--only {args.only!r} is in the name of no kernel: {', '.join(names)}")
     records = []
-    for kernel, model, length, program in _programs(args.models, args.lengths):
-        for chip in args.chips if args.only in kernel else ():
+    for kernel, model, length, program in programs:
+        for chip in args.chips:
             record: dict[str, Any] = {"kernel": kernel, "model": model, "length": length}
             record["chip"] = chip
             try:

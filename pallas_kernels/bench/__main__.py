@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one benchmark and prints it."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     # Imported here: --help needs no kernels, and `time` chooses how memory is allocated.
     if args.command == "pairs":
         from pallas_kernels.bench import pairs
@@ -95,7 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         from pallas_kernels.bench import timing
 
-        records, title, caption = timing.measure(args)
+        try:
+            contenders = timing.contenders_here(args.only)
+        except ValueError as error:
+            parser.error(f"--only: {error}")
+        records, title, caption = timing.measure(args, contenders)
     print_records(records, as_json=args.json, title=title, caption=caption)
 
 

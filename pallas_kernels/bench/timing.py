@@ -6,7 +6,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,19 +33,28 @@ MATMULS = {"forward": 2, "both": 7}
 """Matrix products a pair needs, 2 * head_dim FLOPs each; the backward pass alone needs 5."""
 
 
-def measure(args: argparse.Namespace) -> tuple[list[Record], str, str]:
-    """Records, title and caption. A contender that fails has the reason in its record."""
+Contenders = dict[str, Callable[[Case], Calls]]
+
+
+def contenders_here(only: Sequence[str]) -> Contenders:
+    """The contenders on the accelerator at hand, or those of them that are named.
+
+    Raises: ValueError for a name that is not among them.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch some memory
+    here = CONTENDERS[jax.default_backend()]
+    if unknown := [name for name in only if name not in here]:
+        raise ValueError(f"no contender {unknown[0]!r} here: choose from {list(here)}")
+    return {name: build for name, build in here.items() if not only or name in only}
+
+
+def measure(args: argparse.Namespace, contenders: Contenders) -> tuple[list[Record], str, str]:
+    """Records, title and caption. A contender that fails has the reason in its record."""
     platform, kind = jax.default_backend(), jax.local_devices()[0].device_kind
     on_cpu = platform == "cpu"
     model = args.model or ("tiny" if on_cpu else "mini")
     length = args.length or (256 if on_cpu else 4096)
     peak = next((p for name, p in PEAK.items() if kind.startswith(name)), None)
-    contenders = {
-        name: build
-        for name, build in CONTENDERS[platform].items()
-        if not args.only or name in args.only
-    }
     records = []
     for documents in args.documents:
         case = Case(ATTENTION[model], args.rows, length, args.block, documents)
@@ -63,9 +72,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Record], str, str]:
     return records, title, caption
 
 
-def _compare(
-    case: Case, contenders: dict[str, Callable[[Case], Calls]], repeats: int, peak: float | None
-) -> list[Record]:
+def _compare(case: Case, contenders: Contenders, repeats: int, peak: float | None) -> list[Record]:
     """Built one after the other, so that the memory of one is free for the next."""
     pairs = key_intervals(case.layout).pairs()
     flops = {

@@ -68,3 +68,9 @@ def test_a_failure_is_in_the_table_and_in_the_exit_status(monkeypatch, capsys):
     command = "--chips v5e --models tiny --lengths 256 --only decode --json"
     assert aot.main(command.split()) == 2
     assert '"RuntimeError: out of vmem"' in capsys.readouterr().out
+
+
+def test_a_kernel_that_there_is_not_is_no_success(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        aot.main(["--only", "decoding"])
+    assert "'decoding' is in the name of no kernel: tpu, forward" in capsys.readouterr().err

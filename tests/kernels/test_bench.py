@@ -92,6 +92,12 @@ def test_a_wrong_contender_shows(capsys, monkeypatch):
     assert records(capsys, command)[1]["differs by"] > 0.1
 
 
+def test_a_contender_that_there_is_not_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["time", "--only", "xla", "nope"])
+    assert "--only: no contender 'nope' here: choose from ['xla'" in capsys.readouterr().err
+
+
 def test_flops_are_those_of_allowed_pairs(monkeypatch):
     monkeypatch.setattr(timing, "_median_seconds", lambda *_: 1e-12)
     case = contenders.Case(ATTENTION["tiny"], 1, 32, 4, "none")
