@@ -2,7 +2,7 @@
 
 Every (token, choice) pair owns one slot of a buffer sorted by expert; with the tiled backend each
 expert's stretch starts on a multiple of a tile. Slots and pairs are a bijection (up to padding),
-so both directions of the permutation are gathers, forward and backward.
+so both directions of the permutation are gathers, each the other's gradient.
 
 Under a mesh each device along its axis `expert` has some of the experts, and tokens come to it in
 one of two ways:
@@ -18,13 +18,14 @@ beyond it are counted and left out; without a mesh, and with cfg.expert_buffer =
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llada2_jax.model.exchange import exchange, expert_routes
 from llada2_jax.model.layers import LowRank, adapter, normal, parameter, swiglu
@@ -59,59 +60,83 @@ def plan_dispatch(
     room: pairs that are sure to find one, however they spread over the experts.
     """
     flat = experts.reshape(-1) - first
-    flat = jnp.where((flat >= 0) & (flat < count), flat, count)  # the others come last
-    pairs = flat.shape[0]
-    load = jnp.bincount(flat, length=count + 1)
+    here, index = (flat >= 0) & (flat < count), jnp.arange(flat.size, dtype=jnp.int32)
     slots = -(-room // alignment) * alignment + (count * alignment if alignment > 1 else 0)
-    ends = jnp.cumsum(-(-load[:count] // alignment) * alignment)
-    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
-    starts = starts.at[count].set(jnp.maximum(starts[count], slots))
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    sorted_experts = flat[order]
-    rank = jnp.arange(pairs) - (jnp.cumsum(load) - load)[sorted_experts]
-    slot = (starts[sorted_experts] + rank).astype(jnp.int32)
-    pair_of_slot = jnp.full((slots,), pairs, jnp.int32)
-    pair_of_slot = pair_of_slot.at[slot].set(order, mode="drop", unique_indices=True)
-    slot_of_pair = jnp.zeros((pairs,), jnp.int32).at[order].set(slot, unique_indices=True)
+    chosen = flat[:, None] == jnp.arange(count)
+    before, load = _count_before(chosen)
+    ends = jnp.cumsum(-(-load // alignment) * alignment)
+    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    slot = jnp.where(chosen, starts + before, 0).sum(1, dtype=jnp.int32)
+    slot = jnp.where(here, slot, slots + index)
+    pair_of_slot = jnp.full((slots,), flat.size, jnp.int32)
+    pair_of_slot = pair_of_slot.at[slot].set(index, mode="drop", unique_indices=True)
+    overflow = (here & (slot >= slots)).sum(dtype=jnp.int32)
     ends = jnp.minimum(ends, slots)
-    overflow = ((sorted_experts < count) & (slot >= slots)).sum(dtype=jnp.int32)
-    return Dispatch(pair_of_slot, slot_of_pair, jnp.diff(ends, prepend=0), overflow)
+    return Dispatch(pair_of_slot, slot, jnp.diff(ends, prepend=0), overflow)
 
 
-@jax.custom_vjp
-def _to_slots(x: Float[Array, "tokens D"], plan: Dispatch) -> Float[Array, "slots D"]:
-    copies = plan.slot_of_pair.shape[0] // x.shape[0]
-    return jnp.take(x, plan.pair_of_slot // copies, axis=0, mode="fill", fill_value=0)
+def _count_before(
+    chosen: Bool[Array, "pairs experts"],
+) -> tuple[Int[Array, "pairs experts"], Int[Array, " experts"]]:
+    """How many earlier pairs chose each expert, and how many in all.
+
+    A counting sort's cumulative sum, as one triangular matmul a block of pairs: the TPU compiles a
+    sort, or a cumulative sum over all pairs, for ten seconds.
+    """
+    pairs, experts = chosen.shape
+    blocks = jnp.pad(chosen, ((0, -pairs % _BLOCK), (0, 0))).reshape(-1, _BLOCK, experts)
+    earlier = jnp.tril(jnp.ones((_BLOCK, _BLOCK), jnp.bfloat16), -1)
+    within = jnp.einsum(
+        "pq,bqe->bpe", earlier, blocks.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+    )
+    sums = blocks.sum(1, dtype=jnp.int32)
+    ends = jnp.cumsum(sums, axis=0)
+    before = within.astype(jnp.int32) + (ends - sums)[:, None]
+    return before.reshape(-1, experts)[:pairs], ends[-1]
 
 
-def _to_slots_fwd(x, plan):
-    return _to_slots(x, plan), (plan, x.shape[0])
+_BLOCK = 128
 
 
-def _to_slots_bwd(residual, g):
-    plan, tokens = residual
-    picked = jnp.take(g, plan.slot_of_pair, axis=0, mode="fill", fill_value=0)
-    picked = picked.reshape(tokens, -1, g.shape[-1])
-    return picked.astype(jnp.float32).sum(1).astype(g.dtype), None
+def to_slots(x: Float[Array, "rows D"], plan: Dispatch) -> Float[Array, "slots D"]:
+    """Each pair's row in its slot; anything in unused ones. x has a row a token, or a row a pair.
+
+    Zeros there would cost the TPU a second array of this size; `_compute` has weights of zero.
+    """
+    return _to_slots(x, plan, x.shape[0])
 
 
-_to_slots.defvjp(_to_slots_fwd, _to_slots_bwd)
+def from_slots(slots: Float[Array, "slots D"], plan: Dispatch, rows: int) -> Float[Array, "rows D"]:
+    """Sums, in fp32, of the slots of each row's pairs: the transpose of `to_slots`."""
+    return _from_slots(slots, plan, rows)
 
 
-@jax.custom_vjp
-def _from_slots(y: Float[Array, "slots D"], plan: Dispatch) -> Float[Array, "pairs D"]:
-    return jnp.take(y, plan.slot_of_pair, axis=0, mode="fill", fill_value=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _to_slots(x, plan, rows):
+    row = plan.pair_of_slot // (plan.slot_of_pair.size // rows)  # past the last where unused
+    return jnp.take(x, row, axis=0, mode="clip")
 
 
-def _from_slots_fwd(y, plan):
-    return _from_slots(y, plan), plan
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _from_slots(slots, plan, rows):
+    slot = plan.slot_of_pair.reshape(rows, -1).T
+
+    def choice(i):
+        return jnp.take(slots, slot[i], axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+
+    # One choice at a time: at once they would be k times the tokens.
+    out = jax.lax.fori_loop(1, slot.shape[0], lambda i, out: out + choice(i), choice(0))
+    return out.astype(slots.dtype)
 
 
-def _from_slots_bwd(plan, g):
-    return jnp.take(g, plan.pair_of_slot, axis=0, mode="fill", fill_value=0), None
-
-
-_from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
+_to_slots.defvjp(
+    lambda x, plan, rows: (_to_slots(x, plan, rows), plan),
+    lambda rows, plan, g: (_from_slots(g, plan, rows), None),
+)
+_from_slots.defvjp(
+    lambda slots, plan, rows: (_from_slots(slots, plan, rows), plan),
+    lambda rows, plan, g: (_to_slots(g, plan, rows), None),
+)
 
 
 class Experts(nnx.Module):
@@ -145,46 +170,41 @@ class Experts(nnx.Module):
 
     def _alone(self, x, experts, weights):
         """All experts are here."""
-        total = self.cfg.num_experts
-        alignment = self._alignment(experts.size, total)
-        plan = plan_dispatch(experts, 0, total, alignment, room=experts.size)
-        rows = _from_slots(self._compute(_to_slots(x, plan), plan, alignment), plan)
-        return _combine(rows, weights), plan.overflow
+        return self._chosen(x, experts, weights, 0, self.cfg.num_experts, room=experts.size)
 
     def _gathering(self, x, experts, weights):
         """This device's experts, for the tokens of all."""
-        count = self.cfg.num_experts // axis_size("expert")
-        room = self._room(experts)
-        alignment = self._alignment(room, count)
-        x, experts, weights = (
-            jax.lax.all_gather(part, "expert", tiled=True) for part in (x, experts, weights)
-        )
+        count, room = self.cfg.num_experts // axis_size("expert"), self._room(experts)
+        gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+        x, experts, weights = map(gather, (x, experts, weights))
         first = jax.lax.axis_index("expert") * count
+        out, overflow = self._chosen(x, experts, weights, first, count, room)
+        return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True), overflow
+
+    def _chosen(self, x, experts, weights, first, count, room):
+        """What experts first .. first + count add to each token."""
+        alignment = row_alignment(room, count, self.cfg.experts_backend)
         plan = plan_dispatch(experts, first, count, alignment, room)
-        token = plan.pair_of_slot // experts.shape[1]  # past the last one where unused
-        rows = jnp.take(x, token, axis=0, mode="fill", fill_value=0)
-        rows = self._compute(rows, plan, alignment)
-        weight = jnp.take(weights.reshape(-1), plan.pair_of_slot, mode="fill", fill_value=0)
-        rows = rows * weight[:, None].astype(x.dtype)
-        out = jnp.zeros_like(x).at[token].add(rows, mode="drop")
-        out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
-        return out, plan.overflow
+        used = (plan.pair_of_slot < experts.size)[:, None]
+        weight = jnp.where(used, to_slots(weights.reshape(-1, 1), plan), 0)
+        rows = self._compute(to_slots(x, plan), weight, plan, alignment)
+        return from_slots(rows, plan, x.shape[0]), plan.overflow
 
     def _sending(self, x, experts, weights):
         """Each pair to the device of its expert, and back."""
         total, room = self.cfg.num_experts, self._room(experts)
         count = total // axis_size("expert")
-        alignment = self._alignment(room, count)
         pairs = plan_dispatch(experts, 0, total, alignment=1, room=experts.size)
         routes = expert_routes(pairs.sizes, room, "expert")
-        rows = exchange(_to_slots(x, pairs), routes.there, routes.back, room, "expert")
-        plan = plan_dispatch(routes.experts[:, None], 0, count, alignment, room)
-        rows = _from_slots(self._compute(_to_slots(rows, plan), plan, alignment), plan)
-        rows = exchange(rows, routes.back, routes.there, experts.size, "expert")
-        return _combine(_from_slots(rows, pairs), weights), routes.overflow
 
-    def _alignment(self, room: int, count: int) -> int:
-        return row_alignment(room, count, self.cfg.experts_backend)
+        rows = exchange(to_slots(x, pairs), routes.there, routes.back, room, "expert")
+        # Weights stay here: rows of one number are what exchanges are slowest at.
+        received = routes.experts[:, None]
+        rows, _ = self._chosen(rows, received, jnp.ones(received.shape), 0, count, room)
+        rows = exchange(rows, routes.back, routes.there, experts.size, "expert")
+        weight = to_slots(weights.reshape(-1, 1), pairs)
+        rows = (rows.astype(jnp.float32) * weight).astype(rows.dtype)
+        return from_slots(rows, pairs, x.shape[0]), routes.overflow
 
     def _room(self, experts: Int[Array, "tokens k"]) -> int:
         """Pairs that a device has room for: a multiple of a balanced load, or all that there could
@@ -194,8 +214,12 @@ class Experts(nnx.Module):
         factor = self.cfg.expert_buffer
         return min(most, math.ceil(factor * tokens * k)) if factor else most
 
-    def _compute(self, rows, plan: Dispatch, alignment: int) -> Float[Array, "slots D"]:
-        """Every slot through its expert."""
+    def _compute(self, rows, weight, plan: Dispatch, alignment: int) -> Float[Array, "slots D"]:
+        """Every slot through its expert, times its weight.
+
+        The weight is applied in the middle, where rows are narrow: the backward pass then needs no
+        expert's output.
+        """
 
         def matmul(rows, kernel):
             w = kernel.reshape(kernel.shape[0], rows.shape[-1], -1)
@@ -211,12 +235,6 @@ class Experts(nnx.Module):
             return out + low_rank.scale * matmul(matmul(rows, a), b)
 
         gate_up = project(rows, self.gate_up, self.gate_up_adapter)
-        hidden = swiglu(gate_up.reshape(rows.shape[0], 2, -1))
+        hidden = swiglu(*jnp.split(gate_up, 2, axis=-1))
+        hidden = (hidden.astype(jnp.float32) * weight).astype(rows.dtype)
         return project(hidden, self.down, self.down_adapter)
-
-
-def _combine(
-    rows: Float[Array, "pairs D"], weights: Float[Array, "tokens k"]
-) -> Float[Array, "tokens D"]:
-    rows = rows.reshape(*weights.shape, -1)
-    return jnp.einsum("tkd,tk->td", rows, weights.astype(rows.dtype))

@@ -120,7 +120,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate_up = jnp.einsum("...d,dcf->...cf", x, gathered(self.gate_up, x.dtype))
-        hidden = swiglu(adapted(gate_up, self.gate_up_adapter, x))
+        gate_up = adapted(gate_up, self.gate_up_adapter, x)
+        hidden = swiglu(gate_up[..., 0, :], gate_up[..., 1, :])
         return adapted(hidden @ gathered(self.down, x.dtype), self.down_adapter, hidden)
 
 
@@ -152,9 +153,9 @@ def _embed_columns(dtype: str):
     return lookup
 
 
-def swiglu(gate_up: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
+def swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
     """silu(gate) · up."""
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+    return jax.nn.silu(gate) * up
 
 
 def rotary_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
