@@ -93,6 +93,7 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "dpo.samples",
             "eval.rows",
             "eval.samples",
+            "runtime.expert_chunks",
             "checkpoint.keep_last",
             "checkpoint.preemption_seconds",
             "distributed.start_seconds",

@@ -105,7 +105,7 @@ class Workload:
 
     @property
     def expert_rows(self) -> float:
-        """(token, expert) pairs that a device has room for in a micro-batch."""
+        """(token, expert) pairs that a device has room for in a micro-batch, all parts together."""
         model, devices = self.model, self.sizes["expert"]
         pairs = self.positions * model.experts_per_token
         if devices == 1:
@@ -212,7 +212,7 @@ def working_bytes(
     )
     layers = [[p for p in places if "moe_layers/" in p.name] for places in (params, learned)]
     at_work = sum(_whole_bytes(p, sizes, width) / p.shape[0] for p in itertools.chain(*layers))
-    rows = work.expert_rows
+    rows = work.expert_rows / model.expert_chunks
     expert_width = model.moe_intermediate_size / sizes["model"]
     return {
         "gradients": stored + (4 * numbers if several else 0),

@@ -34,6 +34,7 @@ _POSITIVE = (
     "routed_scaling_factor",
     "rms_norm_eps",
     "max_position_embeddings",
+    "expert_chunks",
 )
 _NOT_NEGATIVE = (
     "num_shared_experts",

@@ -3,18 +3,20 @@
 All arithmetic is fp32. What is stored in fewer bits (bf16 parameters, bf16 or 8-bit moments) is
 rounded stochastically: up or down at random, so that the mean is exact. Between bf16 numbers near
 0.02 lie 1.2e-4: rounding to nearest loses a step of lr 1e-5 each time, and a moving average stops
-in the same way. The random numbers are a function of (seed, step,
-leaf, index), so that a resumed or re-sharded run draws the same ones.
+in the same way. The random numbers are a function of (seed, step, leaf, layer, index), so that a
+resumed or re-sharded run draws the same ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from llada2_jax.config import OptimizerConfig, TrainConfig
 from llada2_jax.schedules import learning_rate
@@ -27,29 +29,107 @@ _PURPOSE = 3  # of the random numbers; 0 to 2 are the noise's (diffusion.py)
 
 
 def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """Clipped AdamW under the run's learning-rate schedule; no decay on norm scales.
+    """AdamW under the run's learning-rate schedule; no decay on norm scales.
 
-    `update` takes gradients of any float dtype and `key`, see `rounding_key`; updates are fp32.
+    `update` takes fp32 gradients and `key`, of its rounding; updates are fp32.
     """
     opt = cfg.optimizer
-    chain = optax.chain(
-        optax.clip_by_global_norm(opt.clip_norm) if opt.clip_norm else optax.identity(),
-        optax.chain(
-            _adam(opt),
-            optax.add_decayed_weights(opt.weight_decay, _decayed),
-            optax.scale_by_learning_rate(learning_rate(opt, cfg.total_steps)),
-        ),
+    return optax.chain(
+        _adam(opt),
+        optax.add_decayed_weights(opt.weight_decay, _decayed),
+        optax.scale_by_learning_rate(learning_rate(opt, cfg.total_steps)),
     )
 
-    def update(updates, state, params=None, **extra):
-        return chain.update(_float32(updates), state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+def take_step(
+    cfg: TrainConfig,
+    params: Params,
+    grads: Params,
+    opt_state: optax.OptState,
+    *,
+    norm: Float[Array, ""],
+    step: Int[Array, ""],
+    applied: Bool[Array, ""],
+) -> tuple[Params, optax.OptState]:
+    """Parameters and optimizer state after a clipped step; as they were, where it is not applied.
+
+    Layers that are stacked are updated one after the other, in place: all at once, what is computed
+    in fp32 between gradient and parameter takes more memory than a layer at work.
+
+    Args:
+      grads: of any float dtype. norm: theirs, of all of them.
+      step: the run's; random numbers go by it. applied: whether to take it.
+    """
+    optimizer, clip = make_optimizer(cfg), cfg.optimizer.clip_norm
+    factor = jnp.where(norm < clip, 1.0, clip / norm) if clip else jnp.ones(())
+
+    def update(state, grads, key):
+        params, opt_state = state
+        key_moments, key_params = jax.random.split(key)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * factor, grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, opt_state = optimizer.update(grads, opt_state, params, key=key_moments)
+        new = apply_updates(cfg, params, updates, key_params), opt_state
+        return jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, state)
+
+    parts = []
+    for number, name in enumerate(sorted(params)):
+        state, key = (params, opt_state), jax.random.fold_in(_rounding_key(cfg, step), number)
+        parts.append(_in_layers(update, _part(state, name), _part(grads, name), key))
+    return jax.tree.map(
+        lambda *nodes: nnx.merge_state(*nodes) if _is_state(nodes[0]) else nodes[0],
+        *parts,
+        is_leaf=_is_state,
+    )
 
 
-def rounding_key(cfg: TrainConfig, step: Int[Array, ""]) -> Array:
+def _rounding_key(cfg: TrainConfig, step: Int[Array, ""]) -> Array:
     """The key of all rounding in one step."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), _PURPOSE), step)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, nnx.State)
+
+
+def _part(tree: Any, name: str) -> Any:
+    """Of everything that is shaped like the parameters, what belongs to `name`."""
+    return jax.tree.map(
+        lambda node: nnx.State({name: node[name]}) if _is_state(node) else node,
+        tree,
+        is_leaf=_is_state,
+    )
+
+
+def _in_layers(update: Callable, state: Any, grads: Params, key: Array) -> Any:
+    """update(state, grads, key), layer by layer where parameters are stacked over layers."""
+    layers = _layers(grads)
+    if not layers:
+        return update(state, grads, key)
+    stacked = jax.tree.map(
+        lambda node: jax.tree.map(lambda _: _is_state(node), node), state, is_leaf=_is_state
+    )
+
+    def body(i, new):
+        def layer(x):
+            return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+        old = jax.tree.map(lambda cut, x, whole: layer(x) if cut else whole, stacked, new, state)
+        one = update(old, jax.tree.map(layer, grads), jax.random.fold_in(key, i))
+        return jax.tree.map(
+            lambda cut, x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0) if cut else y,
+            stacked,
+            new,
+            one,
+        )
+
+    return jax.lax.fori_loop(0, layers, body, state)
+
+
+def _layers(params: Params) -> int:
+    """How many layers these parameters are stacked over; 0 if they are not."""
+    variables = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return next((len(v[...]) for v in variables if v[...].ndim > len(v.logical_axes)), 0)
 
 
 def apply_updates(cfg: TrainConfig, params: Params, updates: Params, key: Array) -> Params:

@@ -20,7 +20,7 @@ from llada2_jax.config import TrainConfig
 from llada2_jax.model import build, merge_params
 from llada2_jax.model.layers import Adapter
 from llada2_jax.objectives import OBJECTIVES, Context, LossOutput, whole_batch_context
-from llada2_jax.optimizer import apply_updates, make_optimizer, rounding_key
+from llada2_jax.optimizer import make_optimizer, take_step
 from llada2_jax.sharding import (
     batch_sharding,
     constrain,
@@ -232,7 +232,6 @@ def make_train_step(
     which rows a step saw.
     """
     mesh = mesh or single_device_mesh()
-    optimizer = make_optimizer(cfg)
 
     @meshed(mesh)
     def step(state: TrainState, batch: Batch, context: Context):
@@ -254,20 +253,15 @@ def make_train_step(
         before = state.opt_state
         if cfg.optimizer.offload:
             before = jax.device_put(before, jax.memory.Space.Device)
-        key_moments, key_params = jax.random.split(rounding_key(cfg, state.step))
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            updates, opt_state = optimizer.update(grads, before, state.params, key=key_moments)
-        params = apply_updates(cfg, state.params, updates, key_params)
-
-        def keep(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
-
+        params, opt_state = take_step(
+            cfg, state.params, grads, before, norm=norm, step=state.step, applied=applied
+        )
         skip = (~applied).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
+            params=params,
             buffers=_balanced(cfg, state.buffers, load.tokens, applied),
-            opt_state=_at_step(keep(opt_state, before), state.step + 1),
+            opt_state=_at_step(opt_state, state.step + 1),
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
             skipped=state.skipped + skip,
             rollbacks=state.rollbacks,

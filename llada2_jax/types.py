@@ -89,6 +89,7 @@ class ModelConfig:
     experts_backend: str = "tiles"
     expert_buffer: float = 2.0
     expert_exchange: str = "auto"
+    expert_chunks: int = 1
     remat: str = "none"
     lora: LoRAConfig | None = None
 

@@ -14,13 +14,16 @@ ragged  Each pair is sent to its expert's device and back (`exchange`).
 
 Either needs a buffer of a size known beforehand, cfg.expert_buffer times a balanced load. Pairs
 beyond it are counted and left out; without a mesh, and with cfg.expert_buffer = 0, none ever are.
+With cfg.expert_chunks the tokens come in so many parts, one after the other, and only a part's rows
+are in memory at a time.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,51 +163,99 @@ class Experts(nnx.Module):
         weights: Float[Array, "tokens k"],
     ) -> tuple[Float[Array, "tokens D"], Int[Array, ""]]:
         """Weighted sum of the chosen experts' outputs, and the pairs that found no room."""
-        devices = axis_size("expert")
+        kernels = self._kernels(x.dtype)
+
+        def mixed(part):
+            return self._way()(kernels, *part)
+
+        chunks = math.gcd(self.cfg.expert_chunks, x.shape[0])
+        if chunks == 1:
+            return mixed((x, experts, weights))
+        parts = (a.reshape(chunks, -1, a.shape[1]) for a in (x, experts, weights))
+        out, overflow = jax.lax.map(jax.checkpoint(mixed, prevent_cse=False), tuple(parts))
+        return out.reshape(x.shape), overflow.sum()
+
+    def _kernels(self, dtype: Any) -> list[tuple[Array, tuple[Array, Array, float] | None]]:
+        """What rows pass through, gathered: a matrix an expert, and its low-rank adapter."""
+
+        def matrices(kernel, inputs):
+            kernel = gathered(kernel, dtype)
+            return kernel.reshape(kernel.shape[0], inputs, -1)
+
+        def low_rank(adapter: LowRank | None, inputs):
+            if adapter is None:
+                return None
+            a, b = matrices(adapter.a, inputs), matrices(adapter.b, adapter.a.shape[-1])
+            return a, b, adapter.scale
+
+        d, f = self.cfg.hidden_size, self.down.shape[-2]
+        return [
+            (matrices(self.gate_up, d), low_rank(self.gate_up_adapter, d)),
+            (matrices(self.down, f), low_rank(self.down_adapter, f)),
+        ]
+
+    def _way(self) -> Callable:
+        """How tokens reach their experts."""
+        devices, way = axis_size("expert"), self.cfg.expert_exchange
         if devices == 1:
-            return self._alone(x, experts, weights)
-        ways = {"gather": self._gathering, "ragged": self._sending}
+            return self._alone
         auto = "gather" if devices <= GATHER_UP_TO else "ragged"
-        way = self.cfg.expert_exchange
-        return ways[auto if way == "auto" else way](x, experts, weights)
+        return {"gather": self._gathering, "ragged": self._sending}[auto if way == "auto" else way]
 
-    def _alone(self, x, experts, weights):
+    def _alone(self, kernels, x, experts, weights):
         """All experts are here."""
-        return self._chosen(x, experts, weights, 0, self.cfg.num_experts, room=experts.size)
+        return self._chosen(kernels, x, experts, weights, 0, room=experts.size)
 
-    def _gathering(self, x, experts, weights):
+    def _gathering(self, kernels, x, experts, weights):
         """This device's experts, for the tokens of all."""
-        count, room = self.cfg.num_experts // axis_size("expert"), self._room(experts)
+        room, count = self._room(experts), self.cfg.num_experts // axis_size("expert")
         gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
         x, experts, weights = map(gather, (x, experts, weights))
         first = jax.lax.axis_index("expert") * count
-        out, overflow = self._chosen(x, experts, weights, first, count, room)
+        out, overflow = self._chosen(kernels, x, experts, weights, first, room)
         return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True), overflow
 
-    def _chosen(self, x, experts, weights, first, count, room):
-        """What experts first .. first + count add to each token."""
-        alignment = row_alignment(room, count, self.cfg.experts_backend)
-        plan = plan_dispatch(experts, first, count, alignment, room)
-        used = (plan.pair_of_slot < experts.size)[:, None]
-        weight = jnp.where(used, to_slots(weights.reshape(-1, 1), plan), 0)
-        rows = self._compute(to_slots(x, plan), weight, plan, alignment)
-        return from_slots(rows, plan, x.shape[0]), plan.overflow
-
-    def _sending(self, x, experts, weights):
+    def _sending(self, kernels, x, experts, weights):
         """Each pair to the device of its expert, and back."""
-        total, room = self.cfg.num_experts, self._room(experts)
-        count = total // axis_size("expert")
-        pairs = plan_dispatch(experts, 0, total, alignment=1, room=experts.size)
+        room = self._room(experts)
+        pairs = plan_dispatch(experts, 0, self.cfg.num_experts, alignment=1, room=experts.size)
         routes = expert_routes(pairs.sizes, room, "expert")
-
         rows = exchange(to_slots(x, pairs), routes.there, routes.back, room, "expert")
         # Weights stay here: rows of one number are what exchanges are slowest at.
         received = routes.experts[:, None]
-        rows, _ = self._chosen(rows, received, jnp.ones(received.shape), 0, count, room)
+        rows, _ = self._chosen(kernels, rows, received, jnp.ones(received.shape), 0, room)
         rows = exchange(rows, routes.back, routes.there, experts.size, "expert")
         weight = to_slots(weights.reshape(-1, 1), pairs)
         rows = (rows.astype(jnp.float32) * weight).astype(rows.dtype)
         return from_slots(rows, pairs, x.shape[0]), routes.overflow
+
+    def _chosen(self, kernels, x, experts, weights, first, room):
+        """What the experts from `first` on, those of `kernels`, add to each token.
+
+        The weight is applied in the middle, where rows are narrow: the backward pass then needs no
+        expert's output.
+        """
+        count, backend = len(kernels[0][0]), self.cfg.experts_backend
+        alignment = row_alignment(room, count, backend)
+        plan = plan_dispatch(experts, first, count, alignment, room)
+        used = (plan.pair_of_slot < experts.size)[:, None]
+        weight = jnp.where(used, to_slots(weights.reshape(-1, 1), plan), 0)
+
+        def matmul(rows, w):
+            return grouped_matmul(rows, w, plan.sizes, alignment=alignment, backend=backend)
+
+        def project(rows, kernel, low_rank):
+            out = matmul(rows, kernel)
+            if low_rank is None:
+                return out
+            a, b, scale = low_rank
+            return out + scale * matmul(matmul(rows, a), b)
+
+        up, down = kernels
+        gate_up = project(to_slots(x, plan), *up)
+        hidden = swiglu(*jnp.split(gate_up, 2, axis=-1))
+        hidden = (hidden.astype(jnp.float32) * weight).astype(x.dtype)
+        return from_slots(project(hidden, *down), plan, x.shape[0]), plan.overflow
 
     def _room(self, experts: Int[Array, "tokens k"]) -> int:
         """Pairs that a device has room for: a multiple of a balanced load, or all that there could
@@ -213,28 +264,3 @@ class Experts(nnx.Module):
         most = tokens * devices * min(k, self.cfg.num_experts // devices)
         factor = self.cfg.expert_buffer
         return min(most, math.ceil(factor * tokens * k)) if factor else most
-
-    def _compute(self, rows, weight, plan: Dispatch, alignment: int) -> Float[Array, "slots D"]:
-        """Every slot through its expert, times its weight.
-
-        The weight is applied in the middle, where rows are narrow: the backward pass then needs no
-        expert's output.
-        """
-
-        def matmul(rows, kernel):
-            w = kernel.reshape(kernel.shape[0], rows.shape[-1], -1)
-            return grouped_matmul(
-                rows, w, plan.sizes, alignment=alignment, backend=self.cfg.experts_backend
-            )
-
-        def project(rows, kernel, low_rank: LowRank | None):
-            out = matmul(rows, gathered(kernel, rows.dtype))
-            if low_rank is None:
-                return out
-            a, b = (gathered(factor, rows.dtype) for factor in (low_rank.a, low_rank.b))
-            return out + low_rank.scale * matmul(matmul(rows, a), b)
-
-        gate_up = project(rows, self.gate_up, self.gate_up_adapter)
-        hidden = swiglu(*jnp.split(gate_up, 2, axis=-1))
-        hidden = (hidden.astype(jnp.float32) * weight).astype(rows.dtype)
-        return project(hidden, self.down, self.down_adapter)

@@ -41,10 +41,10 @@ def model(**changes):
 
 
 @pytest.mark.parametrize(
-    "way, sizes", [("gather", {"expert": 8}), ("ragged", {"fsdp": 2, "expert": 4})]
+    "way, sizes, chunks", [("gather", {"expert": 8}, 2), ("ragged", {"fsdp": 2, "expert": 4}, 1)]
 )
-def test_the_worst_case_has_room_for_everything(way, sizes):
-    strict = model(expert_exchange=way, expert_buffer=0.0)
+def test_the_worst_case_has_room_for_everything(way, sizes, chunks):
+    strict = model(expert_exchange=way, expert_buffer=0.0, expert_chunks=chunks)
     mine = gradients(mesh_of(**sizes), "ar", model=strict, given=one_sided())
     single = gradients(mesh_of(), "ar", given=one_sided())
     assert single[1].tokens.max() == rows().tokens.size

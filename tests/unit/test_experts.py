@@ -5,16 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada2_jax.config import TrainConfig
 from llada2_jax.model import merge_params
-from llada2_jax.model.experts import plan_dispatch
+from llada2_jax.model.experts import Experts, plan_dispatch
 from llada2_jax.objectives import OBJECTIVES
 from llada2_jax.train_step import accumulated, make_context
-from tests.helpers import TINY, make_batch, random_params
+from tests.helpers import TINY, config, make_batch, random_params
 
 
 @given(
@@ -49,6 +50,29 @@ def test_dispatch(seed, alignment, experts_here, room):
         mine = mine[mine < flat.size]
         wanted = np.flatnonzero(flat == expert)
         np.testing.assert_array_equal(mine, wanted[: len(mine)])
+
+
+@pytest.mark.parametrize("chunks", [4, 8])
+def test_tokens_may_come_in_parts(chunks):
+    """12 tokens, in as many parts as divide them: the output and gradients of all at once."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((12, TINY.hidden_size)), jnp.float32)
+    experts = jnp.asarray(rng.integers(0, TINY.num_experts, (12, TINY.experts_per_token)))
+    weights = jnp.asarray(rng.random(experts.shape), jnp.float32)
+
+    def all_of(parts):
+        graphdef, params = nnx.split(Experts(config(expert_chunks=parts), nnx.Rngs(0)))
+
+        def output(params, x, weights):
+            out, overflow = nnx.merge(graphdef, params)(x, experts, weights)
+            assert overflow.shape == ()
+            return out
+
+        out, pull = jax.vjp(output, params, x, weights)
+        return out, *pull(x)
+
+    for a, b in zip(*map(jax.tree.leaves, (all_of(chunks), all_of(1))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_router_z_loss_adds_its_gradient():

@@ -32,18 +32,22 @@ def run_config(param_dtype="float32", **fields) -> TrainConfig:
     return validate(cfg)
 
 
-def trained(cfg: TrainConfig, params, gradients, start=0, state=None):
+def tree(kernel, ndim=2):
+    """A parameter tree; with an axis more than `ndim`, stacked over layers."""
+    return nnx.State({"kernel": nnx.Param(jnp.asarray(kernel), logical_axes=(None,) * ndim)})
+
+
+def trained(cfg: TrainConfig, params, gradients, start=0, state=None, applied=True):
     """(parameters, optimizer state) after one step for each gradient."""
-    adam = optimizer.make_optimizer(cfg)
 
     @jax.jit
     def step(params, state, gradient, number):
-        moments, rounding = jax.random.split(optimizer.rounding_key(cfg, number))
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = adam.update(gradient, state, params, key=moments)
-        return optimizer.apply_updates(cfg, params, updates, rounding), state
+        norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
+        return optimizer.take_step(
+            cfg, params, gradient, state, norm=norm, step=number, applied=jnp.bool_(applied)
+        )
 
-    state = adam.init(params) if state is None else state
+    state = optimizer.make_optimizer(cfg).init(params) if state is None else state
     for number, gradient in enumerate(gradients, start):
         params, state = step(params, state, gradient, jnp.int32(number))
     return params, state
@@ -57,13 +61,13 @@ def adam_of(state) -> optax.ScaleByAdamState:
 
 
 def weights(dtype="bfloat16", value=0.02):
-    return {"kernel": jnp.full((64, 256), value, dtype)}
+    return tree(jnp.full((64, 256), value, dtype))
 
 
 @pytest.mark.parametrize(("rounding", "kept"), [("nearest", 0.0), ("stochastic", 1.0)])
 def test_small_steps_on_bf16_weights(rounding, kept):
     """50 steps of 1e-5: to nearest nothing moves, stochastically the mean moves as in fp32."""
-    gradients = [{"kernel": jnp.ones((64, 256))}] * STEPS
+    gradients = [tree(jnp.ones((64, 256)))] * STEPS
     exact, _ = trained(run_config(), weights("float32"), gradients)
     moved = exact["kernel"][0, 0] - 0.02
     np.testing.assert_allclose(moved, -STEPS * 1e-5, rtol=1e-3)
@@ -93,8 +97,7 @@ def test_rounding_is_a_function_of_seed_and_step(moments):
     """A run that stops and goes on has the bits of one that does not; another seed has others."""
     rng = np.random.default_rng(0)
     cfg = run_config("bfloat16", moments=moments)
-    gradients = [{"kernel": jnp.asarray(rng.standard_normal((64, 256)))} for _ in range(4)]
-    gradients = optax.tree.cast(gradients, jnp.float32)
+    gradients = [tree(np.float32(rng.standard_normal((64, 256)))) for _ in range(4)]
     whole = trained(cfg, weights(), gradients)
     first = trained(cfg, weights(), gradients[:2])
     resumed = trained(cfg, first[0], gradients[2:], start=2, state=first[1])
@@ -112,8 +115,7 @@ def test_stored_moments_stay_near_adams(moments, tolerance):
     rng = np.random.default_rng(1)
     size = np.geomspace(1e-6, 1e-3, 64)[:, None] * np.asarray([1.0, 0.3] * 128)
     gradients = [
-        {"kernel": jnp.asarray(size * (1 + rng.standard_normal(size.shape)), jnp.float32)}
-        for _ in range(STEPS)
+        tree(np.float32(size * (1 + rng.standard_normal(size.shape)))) for _ in range(STEPS)
     ]
     cfg = {name: run_config(moments=name, clip_norm=0.0) for name in ("float32", moments)}
     exact, _ = trained(cfg["float32"], weights("float32"), gradients)
@@ -131,7 +133,7 @@ def test_stored_moments_stay_near_adams(moments, tolerance):
 def test_a_slow_average_follows_its_target(moments):
     """b2=0.999 moves by a thousandth a step, less than 8 or 16 bits resolve."""
     cfg = run_config(moments=moments, b2=0.999, clip_norm=0.0)
-    large, small = {"kernel": jnp.ones((64, 256))}, {"kernel": jnp.full((64, 256), 0.9)}
+    large, small = tree(jnp.ones((64, 256))), tree(jnp.full((64, 256), 0.9))
     _, state = trained(cfg, weights("float32"), [large] * 5 + [small] * 400)
     exact = sum(0.001 * 0.999**i * (0.81 if i < 400 else 1.0) for i in range(405))
     nu = adam_of(state).nu
@@ -145,14 +147,44 @@ def test_no_second_moment_is_rounded_to_zero():
     gradient = np.full((2, 128), 1e-7, np.float32)
     gradient[0, 0], gradient[1] = 1.0, 0.0
     cfg = run_config(moments="int8", clip_norm=0.0)
-    after, state = trained(cfg, {"kernel": jnp.zeros((2, 128))}, [{"kernel": gradient}] * 3)
+    after, state = trained(cfg, tree(jnp.zeros((2, 128))), [tree(gradient)] * 3)
     assert (np.asarray(adam_of(state).nu.values["kernel"])[0] > 0).all()
     assert np.abs(np.asarray(after["kernel"])).max() < 4e-5
     assert (np.asarray(after["kernel"])[1] == 0).all()
 
 
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_stacked_layers_are_updated_as_each_alone(moments):
+    """With the norm of all; and each layer's rounding has numbers of its own."""
+    rng = np.random.default_rng(3)
+    layers, gradients = rng.standard_normal((2, 3, 4, 128)).astype(np.float32)
+    cfg = run_config(clip_norm=2.0, weight_decay=0.1, moments=moments)
+    together, state = trained(cfg, tree(layers), [tree(gradients)] * 2)
+    clipped = gradients * np.float32(2.0 / np.linalg.norm(gradients))
+    alone = run_config(clip_norm=0.0, weight_decay=0.1, moments=moments)
+    for layer, gradient, got in zip(layers, clipped, together["kernel"][...], strict=True):
+        wanted, _ = trained(alone, tree(layer), [tree(gradient)] * 2)
+        change, wanted = np.asarray(got) - layer, np.asarray(wanted["kernel"][...]) - layer
+        # Of a step; the last bit of a weight of 1 is a hundredth of one.
+        tolerance = {"float32": 0.02, "int8": 0.1}[moments]
+        assert np.linalg.norm(change - wanted) < tolerance * np.linalg.norm(wanted)
+    assert adam_of(state).count == 2
+    same = tree(jnp.broadcast_to(jnp.bfloat16(0.02), (3, 4, 128)))
+    rounded, _ = trained(run_config("bfloat16"), same, [tree(jnp.ones((3, 4, 128)))])
+    a, b, c = np.asarray(rounded["kernel"][...], np.float32)
+    assert (a != b).any() and (b != c).any()
+
+
+def test_a_step_that_is_not_applied_changes_nothing():
+    params, gradient = tree(jnp.ones((3, 4, 128))), tree(jnp.full((3, 4, 128), jnp.nan))
+    start = optimizer.make_optimizer(run_config()).init(params)
+    after = trained(run_config(), params, [gradient], state=start, applied=False)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves((params, start)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_forgotten_moments_are_zero():
-    params = nnx.State({"kernel": nnx.Param(jnp.ones((2, 128), jnp.bfloat16))})
+    params = tree(jnp.ones((2, 128), jnp.bfloat16))
     cfg = run_config("bfloat16", moments="int8")
     gradient = jax.tree.map(jnp.ones_like, params)
     state = init_state(cfg, params)
