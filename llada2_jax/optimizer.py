@@ -47,6 +47,7 @@ def take_step(
     grads: Params,
     opt_state: optax.OptState,
     *,
+    weight: Float[Array, ""],
     norm: Float[Array, ""],
     step: Int[Array, ""],
     applied: Bool[Array, ""],
@@ -57,11 +58,12 @@ def take_step(
     in fp32 between gradient and parameter takes more memory than a layer at work.
 
     Args:
-      grads: of any float dtype. norm: theirs, of all of them.
+      grads: of any float dtype, times `weight`, which takes no second copy of them to undo here.
+      norm: of all of them, without the weight.
       step: the run's; random numbers go by it. applied: whether to take it.
     """
     optimizer, clip = make_optimizer(cfg), cfg.optimizer.clip_norm
-    factor = jnp.where(norm < clip, 1.0, clip / norm) if clip else jnp.ones(())
+    factor = (jnp.where(norm < clip, 1.0, clip / norm) if clip else 1.0) / weight
 
     def update(state, grads, key):
         params, opt_state = state

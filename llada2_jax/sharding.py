@@ -352,16 +352,19 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def keep_stored(tree: Any) -> Any:
-    """Parameters' gradients, cut as the parameters are stored."""
+    """Parameters' gradients, cut as the parameters are stored, here and now: what uses them later
+    would else have them summed whole, and kept so, and take its part itself."""
     if not _by_compiler():
         return tree
-    return jax.tree.map(
-        lambda variable: jax.tree.map(
-            lambda x: jax.lax.with_sharding_constraint(x, _stored(variable, x.shape)), variable
-        ),
-        tree,
-        is_leaf=_is_variable,
-    )
+
+    def part(variable: nnx.Variable) -> nnx.Variable:
+        def cut_now(x: Array) -> Array:
+            x = jax.lax.with_sharding_constraint(x, _stored(variable, x.shape))
+            return jax.lax.optimization_barrier(x)
+
+        return jax.tree.map(cut_now, variable)
+
+    return jax.tree.map(part, tree, is_leaf=_is_variable)
 
 
 def gathered(param: nnx.Variable, dtype: Any) -> Array:

@@ -194,9 +194,32 @@ def accumulated(
     n: int,
     router_z_loss: float = 0.0,
 ) -> tuple[Params, LossOutput]:
-    """Gradient of the summed loss over n micro-batches, divided once by the whole denominator.
+    """Gradient of the mean loss over n micro-batches, and the output over all their rows.
 
-    How the batch is cut therefore leaves the gradient alone. The output's sums run over all rows.
+    How the batch is cut leaves both alone: sums are divided once, by the whole denominator.
+    """
+    inputs = params, buffers, batch, context, n, router_z_loss
+    grads, output = _summed(objective, model_cfg, *inputs)
+    weight = _denominator(output)
+    return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), output
+
+
+def _denominator(output: LossOutput) -> Float[Array, ""]:
+    return jnp.maximum(output.loss.weight, 1.0)
+
+
+def _summed(
+    objective: str,
+    model_cfg: ModelConfig,
+    params,
+    buffers,
+    batch: Batch,
+    context: Context,
+    n: int,
+    router_z_loss: float,
+) -> tuple[Params, LossOutput]:
+    """`accumulated`, before the division.
+
     Gradients of several micro-batches are summed in fp32, whatever the parameters' dtype.
     """
     context = whole_batch_context(objective, batch, context)
@@ -217,8 +240,7 @@ def accumulated(
             return jax.tree.map(jnp.add, carry, sums(batch)), ()
 
         (grads, output), _ = jax.lax.scan(add, sums(first), rest)
-    weight = jnp.maximum(output.loss.weight, 1.0)
-    return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), output
+    return grads, output
 
 
 def make_train_step(
@@ -235,7 +257,7 @@ def make_train_step(
 
     @meshed(mesh)
     def step(state: TrainState, batch: Batch, context: Context):
-        grads, output = accumulated(
+        grads, output = _summed(
             objective,
             model_cfg,
             state.params,
@@ -245,7 +267,8 @@ def make_train_step(
             cfg.optimizer.accumulate,
             cfg.optimizer.router_z_loss,
         )
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        weight = _denominator(output)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)) / weight
         loss = output.loss.mean()
         load = output.expert_load
         overflow = load.overflow.sum()
@@ -254,7 +277,11 @@ def make_train_step(
         if cfg.optimizer.offload:
             before = jax.device_put(before, jax.memory.Space.Device)
         params, opt_state = take_step(
-            cfg, state.params, grads, before, norm=norm, step=state.step, applied=applied
+            *(cfg, state.params, grads, before),
+            weight=weight,
+            norm=norm,
+            step=state.step,
+            applied=applied,
         )
         skip = (~applied).astype(jnp.int32)
         new_state = TrainState(

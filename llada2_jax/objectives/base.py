@@ -109,9 +109,23 @@ def token_nll(
 _TOKENS = cut("batch", "length")
 
 
+@jax.custom_vjp
+def _together(hidden, param):
+    """What it is given. In the backward pass both gradients have to be there before one is used:
+    the head's, fp32 and whole on every device, would else wait for its sum until the layers are
+    through, beside everything that they need."""
+    return hidden, param
+
+
+_together.defvjp(
+    lambda *arrays: (arrays, None), lambda _, grads: jax.lax.optimization_barrier(grads)
+)
+
+
 def _with_head(function, model: Transformer, hidden, targets, *others, out_specs):
     """function(hidden, head, targets, *others), on each device's tokens and vocabulary."""
     param, vocab_axis = model.output_parameter
+    hidden, param = _together(hidden, param)
 
     def local(param, hidden, *per_token):
         options = {"vocab_axis": vocab_axis, "axis_name": manual_axis("vocab")}

@@ -44,7 +44,11 @@ def trained(cfg: TrainConfig, params, gradients, start=0, state=None, applied=Tr
     def step(params, state, gradient, number):
         norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
         return optimizer.take_step(
-            cfg, params, gradient, state, norm=norm, step=number, applied=jnp.bool_(applied)
+            *(cfg, params, jax.tree.map(lambda g: 3 * g, gradient), state),
+            weight=jnp.float32(3),
+            norm=norm,
+            step=number,
+            applied=jnp.bool_(applied),
         )
 
     state = optimizer.make_optimizer(cfg).init(params) if state is None else state
