@@ -80,9 +80,9 @@ def compiled_bytes(lowered: jax.stages.Lowered) -> float:
         return needed
     if analysis is None:
         raise RuntimeError("the compiler says nothing about memory")
-    kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    size = analysis.argument_size_in_bytes + kept + analysis.temp_size_in_bytes
-    return size + analysis.generated_code_size_in_bytes
+    # What is allocated at once. Arguments and temporaries of the same analysis do not add up to it:
+    # what a loop updates in place is counted in both.
+    return analysis.total_allocation_bytes + analysis.generated_code_size_in_bytes
 
 
 def _needed(message: str) -> float | None:
