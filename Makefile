@@ -85,7 +85,7 @@ fuzz: setup ## search the readers of configs, data, templates and checkpoints fo
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -n 2 \
 	  tests/unit/test_fuzz.py tests/unit/test_data_fuzz.py $(PYTEST_ARGS)
 
-test-kernels: setup ## every case of the attention contract for every backend, in interpret mode; hours
+test-kernels: setup ## every case of the attention contract for every backend, in interpret mode; half an hour
 	KERNEL_CASES=all JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
 	  $(BIN)/python -m pytest -n 2 tests/kernels -k matches_the_oracle $(PYTEST_ARGS)
 
@@ -102,7 +102,7 @@ format: setup ## let ruff rewrite the files in the project's style
 bench: setup ## share of a training step that is not the model's; minutes
 	$(BIN)/python -m llada2_jax.bench
 
-aot: setup $(LIBTPU) ## compile the kernels for TPU v5e, v5p, v6e and 7x, without a TPU; tens of minutes
+aot: setup $(LIBTPU) ## compile the kernels for TPU v5e, v5p, v6e and 7x, without a TPU; 8 minutes
 	JAX_PLATFORMS=cpu $(BIN)/python -m pallas_kernels.aot
 
 .cache/libtpu/libtpu/libtpu.so: requirements-libtpu.txt | $(STAMP)

@@ -212,12 +212,15 @@ def working_bytes(
     )
     layers = [[p for p in places if "moe_layers/" in p.name] for places in (params, learned)]
     at_work = sum(_whole_bytes(p, sizes, width) / p.shape[0] for p in itertools.chain(*layers))
-    rows = work.expert_rows / model.expert_chunks
+    rows, met = work.expert_rows, work.positions * sizes["expert"]
     expert_width = model.moe_intermediate_size / sizes["model"]
+    # Rows and their gradients, in and between the two matmuls; the tokens met, and their fp32 sum.
+    experts = rows * (2 * model.hidden_size + 4 * expert_width) * width
+    experts += met * model.hidden_size * (width + 4)
     return {
         "gradients": stored + (4 * numbers if several else 0),
         "layer inputs": model.num_layers * work.positions * model.hidden_size * width,
-        "a layer at work": at_work + 2 * rows * (2 * model.hidden_size + 3 * expert_width) * width,
+        "a layer at work": at_work + experts / model.expert_chunks,
         # The head's fp32 gradient.
         "head": any(place.name.startswith("head") for place in learned)
         * (4.0 * model.hidden_size * model.vocab_size / sizes["model"]),
