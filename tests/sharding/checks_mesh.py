@@ -131,7 +131,7 @@ def test_a_step_compiles_once_and_leaves_the_state_where_it_is():
         state, _ = step(state, place_batch(rows(), mesh), make_context(CFG, 1, MASK))
     assert step._cache_size() == 1
     assert jax.tree.map(lambda x: x.sharding, state) == before
-    moment = state.opt_state[1][0].mu["moe_layers"]["mlp"]["experts"]["gate_up"][...]
+    moment = state.opt_state[0].mu["moe_layers"]["mlp"]["experts"]["gate_up"][...]
     assert moment.addressable_shards[0].data.shape == (3, 8, 8, 2, 4)
 
 
@@ -236,12 +236,12 @@ def test_moments_on_the_host_change_nothing():
         for _ in range(2):
             state, _ = step(state, place_batch(rows(), mesh), context)
         states[offload] = state
-    moments = states[True].opt_state[1][0].nu
+    moments = states[True].opt_state[0].nu
     assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {"pinned_host"}
     assert {x.sharding.memory_kind for x in jax.tree.leaves(states[True].params)} == {"device"}
     for a, b in zip(*map(jax.tree.leaves, states.values()), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    emptied = reset_moments(states[True]).opt_state[1][0].nu
+    emptied = reset_moments(states[True]).opt_state[0].nu
     assert jax.tree.map(lambda x: x.sharding, emptied) == jax.tree.map(
         lambda x: x.sharding, moments
     )
