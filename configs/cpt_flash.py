@@ -3,8 +3,8 @@
     llada2 plan  --config=configs/cpt_flash.py --slice=v6e-64
     llada2 train --config=configs/cpt_flash.py --config.init.checkpoint=FOLDER ...
 
-`plan --nocompile --slice=v6e-64` (computed, not measured): 29.6 of 31.2 GiB; roofline 330k to 651k
-tokens/s, links in turn or all overlapped.
+`plan` for v6e-64, by libtpu: 26.2 of 31.2 GiB. Roofline, not measured: 330k to 651k tokens/s, links
+in turn or all overlapped. Other slices: docs/plan.md.
 
 The schedule is configs/cpt_mini.py's, whose docstring says what the paper prints and what is ours.
 With fp32 master weights instead of bf16 ones: --config.runtime.param_dtype=float32. On fewer chips

@@ -3,8 +3,8 @@
     llada2 plan --config=configs/cpt_mini.py --slice=v6e-64
     llada2 train --config=configs/cpt_mini.py --config.init.checkpoint=FOLDER
 
-`plan --nocompile --slice=v6e-8 --config.data.rows_per_step=8` (computed): 28.1 of 31.2 GiB;
-roofline 231k to 426k tokens/s, links in turn or all overlapped.
+`plan --slice=v6e-8 --config.data.rows_per_step=8`, by libtpu: 26.5 of 31.2 GiB. Roofline, not
+measured: 231k to 426k tokens/s, links in turn or all overlapped. Other slices: docs/plan.md.
 
 From the paper (arXiv 2512.15745): block sizes 1 -> 4 -> 32 -> 64 -> 4096 -> 2048 -> ... -> 32, rows
 of 4096 tokens, documents that do not see each other, noise on the mask's embedding in the first
