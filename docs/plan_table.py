@@ -1,8 +1,8 @@
 """The slices of docs/plan.md, compiled: `python docs/plan_table.py runs/plan` prints its table.
 
-Every TPU slice of tests/goldens/plan.json goes through `llada2 plan --json`, whose answer is kept in
-the folder; rows that have one there are not compiled again. --write puts the compiled bytes into the
-golden file, which `make test-slow` compares two of the slices with. 2 to 4 minutes a row.
+Every TPU slice of tests/goldens/plan.json goes through `llada2 plan --json`, whose answer is kept
+in the folder; rows that have one there are not compiled again. --write puts the compiled bytes
+into the golden file, which `make test-slow` compares two of the slices with. 2 to 5 minutes a row.
 """
 
 import argparse
