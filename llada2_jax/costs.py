@@ -254,7 +254,9 @@ class Roofline:
 ASSUMPTIONS = (
     "matmuls and attention at the chip's peak, recomputed layers included; experts balanced",
     "memory: gathered weights read in each pass, state read and written once; activations not",
-    "links: every byte that a device receives at the chip's full rate, one axis after the other",
+    "links: every byte that a device receives at the chip's full rate, one axis after the other; "
+    "tokens gathered along expert, also where pairs would be sent",
+    "stages of a pipeline are never idle, and hand on rows in no time",
     "rows are one document each; an adapter's own matmuls are not counted",
     "a reference is as large as the policy; not counted are its traffic, and its room while it "
     "visits the devices from the host's memory",

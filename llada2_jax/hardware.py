@@ -75,10 +75,10 @@ def _tpu(name: str, **figures) -> Chip:
 
 
 def _gpu(name: str, hbm: float, page: str, **figures) -> Chip:
-    # 92% is what XLA_PYTHON_CLIENT_MEM_FRACTION=.92 leaves to a program (docs/launching.md).
+    # 90% is what launch/train.sh gives to a program (docs/launching.md).
     page = f"https://www.nvidia.com/en-us/data-center/{page}"
     return Chip(
-        name=name, kind="gpu", hbm_bytes=hbm, usable_bytes=0.92 * hbm, source=page, **figures
+        name=name, kind="gpu", hbm_bytes=hbm, usable_bytes=0.9 * hbm, source=page, **figures
     )
 
 

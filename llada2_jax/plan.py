@@ -244,11 +244,16 @@ def meshes(cfg: TrainConfig, model: ModelConfig, devices: int) -> Iterator[Sizes
                     continue
                 chosen = {"fsdp": fsdp, "expert": expert, "context": context, "model": tensor}
                 sizes = dict.fromkeys(AXES, 1) | chosen
-                try:
-                    on_mesh(cfg, model, sizes)
-                except ConfigError:
-                    continue
-                yield sizes
+                if _divides(cfg, model, sizes):
+                    yield sizes
+
+
+def _divides(cfg: TrainConfig, model: ModelConfig, sizes: Sizes) -> bool:
+    try:
+        on_mesh(cfg, model, sizes)
+    except ConfigError:
+        return False
+    return True
 
 
 # ---- one plan ------------------------------------------------------------------------------------
@@ -315,8 +320,8 @@ def _abstract_batch(cfg: TrainConfig, objective: str, mesh: jax.sharding.Mesh) -
 
 
 def plan_run(cfg: TrainConfig, slice_: Slice, *, phase: str = "", compiled: bool = True) -> Plan:
-    """The plan of a run on a slice: on config.mesh if that says anything, else on the table's mesh,
-    else on the fastest one that should fit."""
+    """The plan of a run on a slice: on config.mesh if that says anything, else on the table's mesh
+    if rows and model divide among it, else on the fastest one that should fit."""
     model, chosen = planned_model(cfg), planned_phase(cfg, phase)
     state = abstract_run(cfg, model, chosen)
     plan = next(iter(_ranked(cfg, model, state, chosen, slice_)))
@@ -327,10 +332,11 @@ def _ranked(
     cfg: TrainConfig, model: ModelConfig, state: State, phase: Phase, slice_: Slice
 ) -> list[Plan]:
     """Plans of a slice, computed: those that should fit first, then by time."""
+    known = dict.fromkeys(AXES, 1) | MESHES.get((cfg.init.architecture, slice_.name), {})
     if cfg.mesh != MeshConfig():
         found = [mesh_sizes(cfg.mesh, slice_.devices)]
-    elif (cfg.init.architecture, slice_.name) in MESHES:
-        found = [dict.fromkeys(AXES, 1) | MESHES[cfg.init.architecture, slice_.name]]
+    elif math.prod(known.values()) == slice_.devices and _divides(cfg, model, known):
+        found = [known]
     else:
         found = list(meshes(cfg, model, slice_.devices))
     if not found:

@@ -78,8 +78,10 @@ def make_reference_step(
     A program of its own: nothing differentiates or donates the parameters, and parameters that
     rest in the host's memory are on the device only while it runs. Rows are taken in `accumulate`
     micro-batches, as the train step takes them. mesh: what cuts rows and parameters; by default all
-    are where the parameters are.
+    are where the parameters are. Experts have room for the worst case, as nothing here tells of an
+    overflow.
     """
+    model_cfg = model_cfg.with_room_for_all
 
     def step(params: Params, batch: Batch, context: Context) -> Float[Array, "B L"]:
         model = merge_params(model_cfg, jax.device_put(params, jax.memory.Space.Device))

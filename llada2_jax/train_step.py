@@ -208,6 +208,10 @@ def _denominator(output: LossOutput) -> Float[Array, ""]:
     return jnp.maximum(output.loss.weight, 1.0)
 
 
+def _norm(grads: Params) -> Float[Array, ""]:
+    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+
+
 def _summed(
     objective: str,
     model_cfg: ModelConfig,
@@ -268,7 +272,7 @@ def make_train_step(
             cfg.optimizer.router_z_loss,
         )
         weight = _denominator(output)
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)) / weight
+        norm = _norm(grads) / weight
         loss = output.loss.mean()
         load = output.expert_load
         overflow = load.overflow.sum()
@@ -357,7 +361,8 @@ def make_eval_step(
     model_cfg: ModelConfig, objective: str, mesh: Mesh | None = None
 ) -> Callable[[Params, Batch, Context], LossOutput]:
     """The objective without a gradient; its results are on every device of the mesh (default: the
-    device of the parameters)."""
+    device of the parameters). Experts have room for the worst case: there is no step to refuse."""
+    model_cfg = model_cfg.with_room_for_all
 
     def evaluate(params, batch, context):
         context = whole_batch_context(objective, batch, context)
@@ -376,13 +381,15 @@ def make_grad_norms_by_rate(
     model_cfg: ModelConfig, objective: str, buckets: int, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch, Context], list[Float[Array, ""]]]:
     """Norm of the gradient from the tokens whose group's mask rate lies in each of `buckets` equal
-    ranges of (0, 1]; one backward pass a bucket, so a diagnostic for validation time (§7.1)."""
+    ranges of (0, 1]; one backward pass a bucket, so a diagnostic for validation time (§7.1). NaN
+    where experts had no room for all pairs."""
 
     @jax.jit
     @meshed(mesh or single_device_mesh())
     def norm(state: TrainState, batch: Batch, context: Context):
-        grads, _ = accumulated(objective, model_cfg, state.params, state.buffers, batch, context, 1)
-        return optax.tree.norm(grads)
+        inputs = state.params, state.buffers, batch, context, 1
+        grads, output = accumulated(objective, model_cfg, *inputs)
+        return jnp.where(output.expert_load.overflow.sum() > 0, jnp.nan, _norm(grads))
 
     def norms(state, batch, context):
         edges = np.linspace(0, 1, buckets + 1, dtype=np.float32)

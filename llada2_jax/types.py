@@ -102,6 +102,11 @@ class ModelConfig:
         return self.num_layers - self.num_dense_layers
 
     @property
+    def with_room_for_all(self) -> ModelConfig:
+        """Whose experts leave nothing out: for programs that would not tell if they did."""
+        return dataclasses.replace(self, expert_buffer=0.0)
+
+    @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
 

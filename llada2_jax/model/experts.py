@@ -104,7 +104,7 @@ _BLOCK = 128
 def to_slots(x: Float[Array, "rows D"], plan: Dispatch) -> Float[Array, "slots D"]:
     """Each pair's row in its slot; anything in unused ones. x has a row a token, or a row a pair.
 
-    Zeros there would cost the TPU a second array of this size; `_compute` has weights of zero.
+    Zeros there would cost the TPU a second array of this size; `_chosen` has weights of zero.
     """
     return _to_slots(x, plan, x.shape[0])
 

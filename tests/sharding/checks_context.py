@@ -9,9 +9,15 @@ from llada2_jax.sharding import check_mesh
 from tests.sharding.helpers import CFG, MODEL, assert_equal, gradients, mesh_of
 
 
-def test_gradients():
-    mesh = mesh_of(fsdp=2, context=2, model=2)
-    assert_equal(gradients(mesh, "mdlm"), gradients(mesh_of(), "mdlm"))
+@pytest.mark.parametrize(
+    "objective, sizes",
+    [("mdlm", {"fsdp": 2, "model": 2}), ("bdlm", {"fsdp": 2, "expert": 2})],
+    ids=["tensor", "experts"],
+)
+def test_gradients(objective, sizes):
+    """Both halves of a row and experts: as flash is trained at 32k."""
+    mesh = mesh_of(context=2, **sizes)
+    assert_equal(gradients(mesh, objective), gradients(mesh_of(), objective))
 
 
 def test_rows_that_do_not_divide():

@@ -11,8 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from llada2_jax.config import SpikeConfig
 from llada2_jax.model.exchange import exchange, expert_routes
-from llada2_jax.sharding import place_batch
-from llada2_jax.train_step import init_state, make_context, make_train_step
+from llada2_jax.sharding import place_batch, shardings
+from llada2_jax.train_step import (
+    init_state,
+    make_context,
+    make_eval_step,
+    make_grad_norms_by_rate,
+    make_train_step,
+)
 from tests.sharding.helpers import (
     CFG,
     MASK,
@@ -67,6 +73,24 @@ def test_an_overflow_is_counted_and_its_step_not_applied_unless_ignored(way, pol
     changed = (np.asarray(state.params["head"][...]) != before).any()
     assert changed == (policy == "ignore")
     assert np.isfinite(metrics["loss"]) and metrics["expert_load_max_over_mean"].shape == (3,)
+
+
+def test_what_has_no_step_to_refuse_leaves_nothing_out_or_says_so():
+    small = model(expert_buffer=1.0)
+
+    def scored(mesh):
+        placed = jax.device_put(one_sided(), shardings(one_sided(), mesh))
+        context = make_context(CFG, 1, MASK)
+        output = make_eval_step(small, "ar", mesh)(placed, place_batch(rows(), mesh), context)
+        assert output.expert_load.overflow.sum() == 0
+        state = init_state(CFG, jax.tree.map(np.asarray, one_sided()), mesh)
+        norms = make_grad_norms_by_rate(small, "ar", 1, mesh)
+        (norm,) = norms(state, place_batch(rows(), mesh), context)
+        return np.asarray(output.nll), float(norm)
+
+    (nll, norm), (nll_1, norm_1) = scored(mesh_of(expert=4)), scored(mesh_of())
+    np.testing.assert_allclose(nll, nll_1, rtol=1e-5, atol=1e-5)
+    assert np.isnan(norm) and norm_1 > 0
 
 
 @pytest.mark.parametrize("room", [ROOM, 1000])

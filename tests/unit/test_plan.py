@@ -10,13 +10,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
 from llada2_jax import cli, plan
+from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.config import ConfigError, default_config
 from llada2_jax.config_check import validate
 from llada2_jax.device_memory import compiled_bytes
 from llada2_jax.hardware import CHIPS, GIB, slice_named, slices_of
-from llada2_jax.sharding import AXES
+from llada2_jax.model import build
+from llada2_jax.sharding import AXES, RULES, format_placements, placements
 from pallas_kernels.aot import LIBTPU, tpu_device
 
 # ml_collections reads config files with it.
@@ -175,6 +178,24 @@ def test_meshes_make_up_the_devices():
     assert {sizes["expert"] for sizes in found} == {1, 2, 4, 8}
     assert {sizes["model"] for sizes in found} == {1, 2}, "there are two key heads"
     assert {sizes["context"] for sizes in found} == {1}, "rows are short"
+
+
+def test_a_mesh_of_the_table_that_rows_do_not_divide_among_gives_way(monkeypatch):
+    cfg, slice_ = small_run(rows=4), slice_named("v6e-8")
+    monkeypatch.setitem(plan.MESHES, (cfg.init.architecture, slice_.name), {"fsdp": 8})
+    found = plan.plan_run(cfg, slice_, compiled=False)
+    assert math.prod(found.work.sizes[axis] for axis in RULES["batch"]) <= 4
+    many = plan.plan_run(small_run(rows=8), slice_, compiled=False)
+    assert many.work.sizes["fsdp"] == 8
+
+
+@pytest.mark.parametrize(("model", "slice_name"), [("mini", "v6e-8"), ("flash", "v5p-128")])
+def test_parameters_of_the_released_models_are_cut_as_they_were(model, slice_name):
+    sizes = dict.fromkeys(AXES, 1) | plan.MESHES[model, slice_name]
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    found = placements(build(ARCHITECTURES[model])[1], mesh)
+    golden = ROOT / f"tests/goldens/sharding/{model}-{slice_name}.txt"
+    assert format_placements(found) == golden.read_text().rstrip("\n")
 
 
 def test_search_goes_up_until_something_fits():
