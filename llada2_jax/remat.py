@@ -8,10 +8,13 @@ import jax
 
 from pallas_kernels.block_attention import KEPT
 
+DISPATCH = "expert_dispatch"
+"""Name of the experts' slots: a few integers, which are counted by a large matrix product."""
+
 # Matrix products with weights, and what the attention kernels make, which jax cannot look into.
 _DOTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(KEPT),
+    jax.checkpoint_policies.save_only_these_names(KEPT, DISPATCH),
 )
 
 # name -> what wraps the body of the scan over layers

@@ -28,10 +28,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from llada2_jax.model.exchange import exchange, expert_routes
 from llada2_jax.model.layers import LowRank, adapter, normal, parameter, swiglu
+from llada2_jax.remat import DISPATCH
 from llada2_jax.sharding import axis_size, gathered
 from llada2_jax.types import ModelConfig
 from pallas_kernels.grouped_matmul import grouped_matmul, row_alignment
@@ -75,7 +77,8 @@ def plan_dispatch(
     pair_of_slot = pair_of_slot.at[slot].set(index, mode="drop", unique_indices=True)
     overflow = (here & (slot >= slots)).sum(dtype=jnp.int32)
     ends = jnp.minimum(ends, slots)
-    return Dispatch(pair_of_slot, slot, jnp.diff(ends, prepend=0), overflow)
+    plan = Dispatch(pair_of_slot, slot, jnp.diff(ends, prepend=0), overflow)
+    return checkpoint_name(plan, DISPATCH)
 
 
 def _count_before(

@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.ad_checkpoint import saved_residuals  # only the printing one is public
 
+from llada2_jax import remat
 from llada2_jax.config import TrainConfig
 from llada2_jax.model import merge_params
-from llada2_jax.model.experts import Experts, plan_dispatch
+from llada2_jax.model.experts import _BLOCK, Experts, plan_dispatch
 from llada2_jax.objectives import OBJECTIVES
 from llada2_jax.train_step import accumulated, make_context
 from tests.helpers import TINY, config, make_batch, random_params
@@ -73,6 +75,23 @@ def test_tokens_may_come_in_parts(chunks):
 
     for a, b in zip(*map(jax.tree.leaves, (all_of(chunks), all_of(1))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_dots_keeps_the_slots_and_not_what_they_were_counted_by():
+    graphdef, params = nnx.split(Experts(config(experts_backend="ragged_dot"), nnx.Rngs(0)))
+    rows, k = 300, TINY.experts_per_token
+    experts, weights = jnp.zeros((rows, k), jnp.int32), jnp.ones((rows, k))
+
+    def mixed(params, x, weights):
+        def output(x, weights):
+            return nnx.merge(graphdef, params)(x, experts, weights)[0]
+
+        return remat.POLICIES["dots"](output)(x, weights)
+
+    x = jnp.ones((rows, TINY.hidden_size))
+    kept = [aval for aval, _ in saved_residuals(mixed, params, x, weights)]
+    assert (rows * k,) in [aval.shape for aval in kept if aval.dtype == jnp.int32]
+    assert not any(aval.ndim == 3 and aval.shape[1] == _BLOCK for aval in kept)
 
 
 def test_router_z_loss_adds_its_gradient():
