@@ -57,5 +57,5 @@ def test_every_slice_has_the_name_it_is_found_by(chip):
         assert slice_named(s.name) == s
         assert chip.kind == "gpu" or math.prod(s.topology) == s.chips
     # A program has nearly all of a chip's memory, and never more by much.
-    assert 0.9 < chip.usable_bytes * chip.devices / chip.hbm_bytes < 1.01
+    assert 0.89 < chip.usable_bytes * chip.devices / chip.hbm_bytes < 1.01
     assert chip.source.startswith("https://") and chip.hbm_bytes > 15 * GIB
