@@ -502,13 +502,20 @@ def _search_command(cfg: TrainConfig, values: Any) -> int:
             found.append(plan)
             shown.set_postfix_str(f"{plan.slice.name}: {gib(plan.memory.peak)} GiB")
             shown.update()
+    if not found:
+        names = [s.name for s in slices]
+        raise ConfigError(
+            f"--search: none of {len(names)} slices, {names[0]} to {names[-1]}, can hold the run: "
+            "on each, its parameters, moments and gradients alone are too much, or "
+            f"config.data.rows_per_step={cfg.data.rows_per_step} does not divide among the devices"
+        )
     if values.json:
         print(json.dumps([plan.record() for plan in found], indent=1))
     else:
         print_search(found, Console(width=120))
-        if found and found[-1].memory.fits:
+        if found[-1].memory.fits:
             print_plan(found[-1], Console(width=100))
-    return 0 if found and found[-1].memory.fits else 3
+    return 0 if found[-1].memory.fits else 3
 
 
 _HELP = f"""\

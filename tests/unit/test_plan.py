@@ -212,6 +212,13 @@ def test_search_goes_up_until_something_fits():
     assert not best.memory.fits
 
 
+def test_a_search_that_finds_nothing_says_why(capsys):
+    argv = ["--search", "--slice=v5litepod-16", "--nocompile", "--config.data.rows_per_step=7"]
+    status, out, error = run(capsys, f"--config={ROOT}/configs/cpt_mini.py", *argv)
+    assert status == 1 and not out
+    assert "none of" in error and "rows_per_step=7 does not divide" in error
+
+
 @needs_libtpu
 def test_a_step_compiles_for_a_slice():
     """The compiler's arguments are the state; what it adds is of the computed order."""
