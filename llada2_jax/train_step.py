@@ -193,38 +193,13 @@ def accumulated(
     context: Context,
     n: int,
     router_z_loss: float = 0.0,
+    divided: bool = True,
 ) -> tuple[Params, LossOutput]:
     """Gradient of the mean loss over n micro-batches, and the output over all their rows.
 
-    How the batch is cut leaves both alone: sums are divided once, by the whole denominator.
-    """
-    inputs = params, buffers, batch, context, n, router_z_loss
-    grads, output = _summed(objective, model_cfg, *inputs)
-    weight = _denominator(output)
-    return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), output
-
-
-def _denominator(output: LossOutput) -> Float[Array, ""]:
-    return jnp.maximum(output.loss.weight, 1.0)
-
-
-def _norm(grads: Params) -> Float[Array, ""]:
-    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-
-
-def _summed(
-    objective: str,
-    model_cfg: ModelConfig,
-    params,
-    buffers,
-    batch: Batch,
-    context: Context,
-    n: int,
-    router_z_loss: float,
-) -> tuple[Params, LossOutput]:
-    """`accumulated`, before the division.
-
-    Gradients of several micro-batches are summed in fp32, whatever the parameters' dtype.
+    How the batch is cut leaves both alone: sums are divided once, by the whole denominator, or not
+    (`divided`), where the caller does that on its way. Gradients of several micro-batches are
+    summed in fp32, whatever the parameters' dtype.
     """
     context = whole_batch_context(objective, batch, context)
     one = functools.partial(_loss_and_grad, objective, model_cfg, router_z_loss, params, buffers)
@@ -244,7 +219,18 @@ def _summed(
             return jax.tree.map(jnp.add, carry, sums(batch)), ()
 
         (grads, output), _ = jax.lax.scan(add, sums(first), rest)
+    if divided:
+        weight = _denominator(output)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     return grads, output
+
+
+def _denominator(output: LossOutput) -> Float[Array, ""]:
+    return jnp.maximum(output.loss.weight, 1.0)
+
+
+def _norm(grads: Params) -> Float[Array, ""]:
+    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
 
 def make_train_step(
@@ -261,7 +247,7 @@ def make_train_step(
 
     @meshed(mesh)
     def step(state: TrainState, batch: Batch, context: Context):
-        grads, output = _summed(
+        grads, output = accumulated(
             objective,
             model_cfg,
             state.params,
@@ -270,6 +256,7 @@ def make_train_step(
             context,
             cfg.optimizer.accumulate,
             cfg.optimizer.router_z_loss,
+            divided=False,
         )
         weight = _denominator(output)
         norm = _norm(grads) / weight

@@ -41,6 +41,9 @@ from pallas_kernels.grouped_matmul import grouped_matmul, row_alignment
 GATHER_UP_TO = 8
 """Devices along `expert` up to which expert_exchange="auto" is "gather"."""
 
+_BLOCK = 128
+"""Pairs that one matmul of `_count_before` counts."""
+
 
 class Dispatch(NamedTuple):
     """pair_of_slot: [slots], index into the flat (token, choice) pairs; their count where unused.
@@ -99,9 +102,6 @@ def _count_before(
     ends = jnp.cumsum(sums, axis=0)
     before = within.astype(jnp.int32) + (ends - sums)[:, None]
     return before.reshape(-1, experts)[:pairs], ends[-1]
-
-
-_BLOCK = 128
 
 
 def to_slots(x: Float[Array, "rows D"], plan: Dispatch) -> Float[Array, "slots D"]:

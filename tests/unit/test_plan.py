@@ -68,16 +68,21 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row['model']} {row['slice']}")
+def recipe(capsys, row, *flags: str) -> tuple[int, dict]:
+    """Status and record of a row of the golden table."""
+    config = f"--config={ROOT}/configs/cpt_{row['model']}.py"
+    status, out, _ = run(capsys, config, f"--slice={row['slice']}", "--json", *row["flags"], *flags)
+    return status, json.loads(out)
+
+
+def named(row) -> str:
+    return f"{row['model']} {row['slice']}"
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=named)
 def test_state_of_the_released_models_is_cut_as_it_was(capsys, row):
     """Bytes of a device and the mesh, of every slice in docs/plan.md."""
-    status, out, _ = run(
-        capsys,
-        f"--config={ROOT}/configs/cpt_{row['model']}.py",
-        f"--slice={row['slice']}",
-        *("--nocompile", "--json", *row["flags"]),
-    )
-    record = json.loads(out)
+    status, record = recipe(capsys, row, "--nocompile")
     assert record["memory_from"] == "computed" and status in (0, 3)
     assert record["mesh"] == row["mesh"]
     found = {name: record["bytes"][name] for name in ("parameters", "moments")}
@@ -243,18 +248,10 @@ def test_what_does_not_fit_says_how_much_it_needs():
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
-    "row",
-    [row for row in GOLDEN if row["slice"] in ("v6e-8", "v6e-64")],
-    ids=lambda row: f"{row['model']} {row['slice']}",
+    "row", [row for row in GOLDEN if row["slice"] in ("v6e-8", "v6e-64")], ids=named
 )
 def test_a_recipe_takes_no_more_memory_than_it_did(capsys, row):
     """The true step of the released models, by libtpu; `docs/plan_table.py` renews the figures."""
-    status, out, _ = run(
-        capsys,
-        f"--config={ROOT}/configs/cpt_{row['model']}.py",
-        f"--slice={row['slice']}",
-        *("--json", *row["flags"]),
-    )
-    record = json.loads(out)
+    status, record = recipe(capsys, row)
     assert status == 0 and record["memory_from"] == "libtpu"
     assert record["bytes"]["peak"] < 1.02 * row["compiled"]["peak"]
