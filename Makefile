@@ -100,7 +100,7 @@ format: setup ## let ruff rewrite the files in the project's style
 	$(BIN)/ruff format
 
 bench: setup ## share of a training step that is not the model's; minutes
-	$(BIN)/python -m llada2_jax.bench
+	$(BIN)/python -m llada2_jax.bench overhead
 
 aot: setup $(LIBTPU) ## compile the kernels for TPU v5e, v5p, v6e and 7x, without a TPU; 8 minutes
 	JAX_PLATFORMS=cpu $(BIN)/python -m pallas_kernels.aot

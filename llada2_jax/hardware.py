@@ -11,6 +11,7 @@ import dataclasses
 import math
 
 from llada2_jax.errors import UsageError
+from pallas_kernels.peaks import PEAK
 
 GIB = 2**30
 
@@ -89,7 +90,7 @@ _ALL = (
         "v5e",
         hbm_bytes=16 * GIB,
         usable_bytes=15.75 * GIB,
-        flops=197e12,
+        flops=PEAK["TPU v5 lite"],
         hbm_bandwidth=819e9,
         link_bandwidth=200e9,
         topologies=_SQUARES,
@@ -98,7 +99,7 @@ _ALL = (
         "v6e",
         hbm_bytes=32 * GIB,
         usable_bytes=31.24 * GIB,
-        flops=918e12,
+        flops=PEAK["TPU v6 lite"],
         hbm_bandwidth=1638e9,
         link_bandwidth=400e9,
         topologies=_SQUARES,
@@ -107,7 +108,7 @@ _ALL = (
         "v5p",
         hbm_bytes=95 * GIB,
         usable_bytes=95.73 * GIB,
-        flops=459e12,
+        flops=PEAK["TPU v5"],
         hbm_bandwidth=2765e9,
         link_bandwidth=600e9,
         topologies=_CUBES,
@@ -118,7 +119,7 @@ _ALL = (
         "tpu7x",
         hbm_bytes=192 * GIB,
         usable_bytes=94.74 * GIB,
-        flops=2307e12,
+        flops=2 * PEAK["TPU7x"],
         hbm_bandwidth=7380e9,
         link_bandwidth=600e9,
         topologies=((1, 1, 1), *_CUBES),
@@ -130,7 +131,7 @@ _ALL = (
         "a100-80gb",
         80e9,
         "a100/",
-        flops=312e12,
+        flops=PEAK["NVIDIA A100"],
         hbm_bandwidth=2039e9,
         link_bandwidth=300e9,
         network_bandwidth=25e9,
@@ -139,7 +140,7 @@ _ALL = (
         "h100-80gb",
         80e9,
         "h100/",
-        flops=989e12,
+        flops=PEAK["NVIDIA H100"],
         hbm_bandwidth=3350e9,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
@@ -148,7 +149,7 @@ _ALL = (
         "h200-141gb",
         141e9,
         "h200/",
-        flops=989e12,
+        flops=PEAK["NVIDIA H200"],
         hbm_bandwidth=4800e9,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
@@ -157,7 +158,7 @@ _ALL = (
         "b200-180gb",
         180e9,
         "dgx-b200/",
-        flops=2250e12,
+        flops=PEAK["NVIDIA B200"],
         hbm_bandwidth=8000e9,
         link_bandwidth=900e9,
         network_bandwidth=50e9,

@@ -109,10 +109,24 @@ class Transformer(nnx.Module):
           return_kv: also return the keys and values of these positions.
         """
         order = self._order(layout)
-        tokens, positions = jnp.asarray(tokens)[:, order], jnp.asarray(positions)[:, order]
-        x = embed(self.embedding, tokens, self.cfg.dtype)
+        x = embed(self.embedding, jnp.asarray(tokens)[:, order], self.cfg.dtype)
         if embedding_noise is not None:
             x = x + embedding_noise[:, order].astype(x.dtype)
+        positions = jnp.asarray(positions)[:, order]
+        output = self.layers(x, positions, layout, cache=cache, return_kv=return_kv)
+        return dataclasses.replace(output, hidden=output.hidden[:, _inverse(order)])
+
+    def layers(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        layout: BlockLayout,
+        *,
+        cache: ContiguousCache | PagedCache | None = None,
+        return_kv: bool = False,
+    ) -> Output:
+        """All layers and the final norm, on hidden states. Under mesh axis `context` these and
+        their positions come and go in the order that devices share a row in."""
         x = constrain(x, "batch", "length", None)
         rotary = rotary_tables(self.cfg, positions)
         kvs, loads, first = [], [], 0
@@ -129,7 +143,7 @@ class Transformer(nnx.Module):
         kv = jax.tree.map(lambda *a: jnp.concatenate(a), *kvs) if return_kv else None
         loads = [load for load in loads if load is not None]
         load = loads[0] if loads else _no_load(self.cfg)
-        return Output(self.final_norm(x)[:, _inverse(order)], kv, load)
+        return Output(self.final_norm(x), kv, load)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits."""

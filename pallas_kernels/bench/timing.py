@@ -14,20 +14,9 @@ import numpy as np
 
 from pallas_kernels.bench.contenders import CONTENDERS, Calls, Case
 from pallas_kernels.block_layout import key_intervals
+from pallas_kernels.peaks import peak_flops
 from pallas_kernels.shapes import ATTENTION
 from pallas_kernels.tables import Record
-
-PEAK = {
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1155e12,  # a chip is two devices
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-"""Dense bf16 FLOP/s of a jax device whose kind begins so."""
 
 MATMULS = {"forward": 2, "both": 7}
 """Matrix products a pair needs, 2 * head_dim FLOPs each; the backward pass alone needs 5."""
@@ -54,7 +43,7 @@ def measure(args: argparse.Namespace, contenders: Contenders) -> tuple[list[Reco
     on_cpu = platform == "cpu"
     model = args.model or ("tiny" if on_cpu else "mini")
     length = args.length or (256 if on_cpu else 4096)
-    peak = next((p for name, p in PEAK.items() if kind.startswith(name)), None)
+    peak = peak_flops(kind)
     records = []
     for documents in args.documents:
         case = Case(ATTENTION[model], args.rows, length, args.block, documents)

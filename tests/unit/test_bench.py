@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from llada2_jax import bench
 from llada2_jax.assets import TINY_AR
-from llada2_jax.bench import Overhead, loop_overhead
+from llada2_jax.bench import __main__ as bench
+from llada2_jax.bench import overhead as overhead_bench
+from llada2_jax.bench.overhead import Overhead, loop_overhead
 from llada2_jax.config import ConfigError, TrainConfig, default_config
 from llada2_jax.config_check import validate
 
@@ -29,9 +30,14 @@ def test_nothing_to_time_is_an_error(counts):
 @pytest.mark.parametrize(
     ("status", "argv", "message"),
     [
-        (2, ["--steps", "0"], "--steps: 0: must be at least 1"),
-        (2, ["--rounds", "-1"], "--rounds: -1: must be at least 1"),
-        (1, ["--config", "/nowhere.py"], "/nowhere.py is not a config file: name one of configs/"),
+        (2, [], "'': choose overhead or layers"),
+        (2, ["overhead", "--steps", "0"], "--steps: 0: must be at least 1"),
+        (2, ["overhead", "--rounds", "-1"], "--rounds: -1: must be at least 1"),
+        (
+            1,
+            ["overhead", "--config", "/nowhere.py"],
+            "/nowhere.py is not a config file: name one of configs/",
+        ),
     ],
 )
 def test_mistakes_are_one_line(status, argv, message, monkeypatch, capsys):
@@ -40,7 +46,7 @@ def test_mistakes_are_one_line(status, argv, message, monkeypatch, capsys):
         runpy.run_path(bench.__file__, run_name="__main__")
     error = capsys.readouterr().err
     assert end.value.code == status and message in error and "Traceback" not in error
-    assert error.rstrip().splitlines()[-1].startswith("python -m llada2_jax.bench: error: ")
+    assert error.rstrip().splitlines()[-1].startswith("python -m llada2_jax.bench")
 
 
 def test_both_ways_run(tmp_path, monkeypatch):
@@ -61,8 +67,8 @@ def test_both_ways_run(tmp_path, monkeypatch):
         ran.append((cfg.total_steps, [p.objective for p in cfg.phases], Path(cfg.workdir)))
         return run_training(cfg, **kwargs)
 
-    run_training = bench.train
-    monkeypatch.setattr(bench, "train", train)
+    run_training = overhead_bench.train
+    monkeypatch.setattr(overhead_bench, "train", train)
     overhead = loop_overhead(cfg, steps=3, rounds=1)
     assert [r[:2] for r in ran] == [(6, ["ar"])]  # 2 to warm up, 3 rounded up to the next log
     assert not any(workdir.exists() for *_, workdir in ran)

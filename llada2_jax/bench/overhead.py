@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +22,6 @@ from llada2_jax.config import ConfigError, ScheduleConfig, TrainConfig, load_con
 from llada2_jax.config_check import validate
 from llada2_jax.data.corpus import Corpus, load_corpus
 from llada2_jax.data.loader import batches
-from llada2_jax.errors import exit_status
 from llada2_jax.evals.likelihood import tokenizer_of
 from llada2_jax.inputs import positive
 from llada2_jax.metrics import read_metrics
@@ -104,7 +102,7 @@ def _step_seconds(cfg: TrainConfig, corpus: Corpus) -> float:
 def main(argv: list[str]) -> None:
     """Prints the summary as JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m llada2_jax.bench",
+        prog="python -m llada2_jax.bench overhead",
         description="Share of a training step that is not the model's: 1 - bare step / loop.",
     )
     parser.add_argument(
@@ -124,7 +122,3 @@ def main(argv: list[str]) -> None:
     config: Any = load_config(args.config)
     cfg = validate(config.ar if "ar" in config else config)
     print(json.dumps(loop_overhead(cfg, steps=args.steps, rounds=args.rounds).summary(), indent=1))
-
-
-if __name__ == "__main__":
-    sys.exit(exit_status("python -m llada2_jax.bench", lambda: main(sys.argv[1:])))

@@ -1,0 +1,138 @@
+"""`bench layers`: its arithmetic, its processes, and that both sides train the same layers."""
+
+import dataclasses
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+
+from llada2_jax.bench import jax_layers
+from llada2_jax.bench.layers import (
+    MODELS,
+    ContenderError,
+    Contenders,
+    Job,
+    differences,
+    figures,
+    main,
+    measure,
+)
+from llada2_jax.hardware import CHIPS
+from pallas_kernels.peaks import peak_flops
+
+SMALL = dataclasses.replace(
+    MODELS["toy"],
+    hidden_size=16,
+    head_dim=8,
+    intermediate_size=16,
+    moe_intermediate_size=8,
+    num_experts=4,
+    experts_per_token=2,
+    n_group=2,
+    topk_group=1,
+    remat="full",
+    tie_word_embeddings=True,
+)
+JOB = Job("cpu", SMALL, rows=2, length=8, block_size=4, steps=3, seed=0)
+
+
+@pytest.fixture
+def without_torch(tmp_path):
+    """An interpreter that has no torch."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ModuleNotFoundError: no torch\n\nnote' >&2\nexit 1\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_the_steps_train():
+    answer = jax_layers.timed(JOB.of("jax, tiled experts").asked("time"))
+    first, last = answer["losses"]
+    assert 1 < first < 3 and last < first  # both sides have unit variance
+    assert answer["seconds"] > 0 and answer["peak_bytes"] is None  # a CPU does not say
+
+
+def test_figures_of_one_dense_layer():
+    job = dataclasses.replace(JOB, model=dataclasses.replace(SMALL, num_layers=1))
+    weights = 16 * 8 * (2 * 4 + 2 * 2) + 3 * 16 * 16  # of attention and feed-forward
+    pairs = 2 * (4 * 4 + 4 * 8)  # of both halves of a row: the own block, and one earlier
+    flops = 3 * 2 * 2 * (2 * 8 * weights + 2 * 4 * 8 * pairs)  # 3 passes, 2 rows
+    answer = {"seconds": 0.5, "losses": [2.0, 1.5], "peak_bytes": 2**29}
+    found = figures(job, answer, peak=flops * 8)
+    assert found == {
+        "ms a step": 500.0,
+        "tokens/s": 32,
+        "TFLOP/s": pytest.approx(flops / 0.5 / 1e12),
+        "MFU %": pytest.approx(25.0),
+        "peak GiB": 0.5,
+        "first loss": 2.0,
+        "last loss": 1.5,
+    }
+    unknown = figures(job, answer | {"peak_bytes": None}, peak=None)
+    assert set(found) - set(unknown) == {"MFU %", "peak GiB"}
+
+
+def test_the_largest_stack_fills_the_memory():
+    asked = JOB.of("jax").asked("size")
+    needed = [jax_layers.needed_bytes(asked, layers) for layers in (1, 2, 3)]
+    assert [jax_layers.largest_stack(asked, limit) for limit in needed] == [1, 2, 3]
+    assert jax_layers.largest_stack(asked, needed[1] - 1) == 1
+    assert jax_layers.largest_stack(asked, needed[0] - 1) == 0
+    assert jax_layers.largest_stack(asked, 10 * needed[2]) == 3  # no more than the model has
+    layer = SMALL.num_experts * 3 * 16 * 8  # parameters of the routed experts alone
+    assert needed[2] - needed[1] > 12 * layer  # bf16 with gradient, two fp32 moments
+
+
+def test_a_contender_that_fails_has_its_reason_in_the_table(without_torch, capsys):
+    def errors(contenders):
+        return [record["error"] for record in measure(JOB, "cpu", ["torch"], contenders)]
+
+    assert errors(Contenders(without_torch, 60)) == ["ModuleNotFoundError: no torch"]
+    assert "note" in capsys.readouterr().err  # the rest of it is to be seen as well
+    assert errors(Contenders(without_torch, 0)) == ["not done after 0 s (--seconds)"]
+    assert "No such file" in errors(Contenders("/no/python", 60))[0]
+
+
+def test_the_command_on_a_cpu(without_torch, capsys):
+    options = ["--model", "toy", "--only", "torch", "--torch-python", without_torch, "--json"]
+    assert main(options) == 1  # all failed
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record == {"contender": "torch", "error": "ModuleNotFoundError: no torch"}
+
+
+def test_a_difference_is_one_beyond_the_tolerance():
+    ours = {"a": np.array([3.0, 4.0]), "b": np.array([1.0]), "c": np.array([1.0])}
+    theirs = {"a": np.array([3.0, 4.4]), "b": np.array([1.2]), "c": np.array([np.nan])}
+    found = differences(ours, theirs, 0.1)
+    assert [(r["differs by"], r["same"]) for r in found] == [
+        ("8.0e-02", "yes"),
+        ("2.0e-01", "NO"),
+        ("nan", "NO"),
+    ]
+    with pytest.raises(ContenderError, match="only one side has 'b'"):
+        differences(ours, {"a": ours["a"], "c": ours["c"]}, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip", "devices"),
+    [("TPU v5 lite", "v5e", 1), ("TPU v5p", "v5p", 1), ("TPU7x", "tpu7x", 2)]
+    + [("NVIDIA H200", "h200-141gb", 1), ("NVIDIA A100-SXM4-80GB", "a100-80gb", 1)],
+)
+def test_a_device_has_the_peak_of_its_chip(kind, chip, devices):
+    assert peak_flops(kind) == CHIPS[chip].flops / devices
+
+
+def test_an_unknown_device_has_no_peak():
+    assert peak_flops("abacus") is None
+
+
+def test_torch_trains_the_same_layers(capsys):
+    python = os.environ.get("LLADA2_TORCH_PYTHON")
+    if not python:
+        pytest.skip("LLADA2_TORCH_PYTHON names no interpreter with PyTorch")
+    status = main(["--check", "--torch-python", python, "--json"])
+    records = json.loads(capsys.readouterr().out)
+    assert status == 0, [record for record in records if record["same"] != "yes"]
+    assert re.search("losses.*output", " ".join(record["array"] for record in records))
