@@ -50,7 +50,7 @@ def _model(job: Job) -> ModelConfig:
     return ModelConfig(**job["model"])
 
 
-def _run(job: Job) -> TrainConfig:
+def train_config(job: Job) -> TrainConfig:
     """The recipe of the optimizer, at a constant learning rate."""
     rows, length = job["rows"], job["length"]
     return TrainConfig(
@@ -86,7 +86,7 @@ def largest_stack(job: Job, limit: float) -> int:
 
 def needed_bytes(job: Job, layers: int) -> float:
     """Parameters, moments and what a step of full recomputation works with: llada2_jax.costs."""
-    cfg, model = _run(job), dataclasses.replace(_model(job), num_layers=layers)
+    cfg, model = train_config(job), dataclasses.replace(_model(job), num_layers=layers)
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params = build(model)[1]
@@ -122,7 +122,7 @@ def make_gradients(job: Job) -> Callable:
 
 def make_step(job: Job) -> Callable:
     """(state, buffers, x, target) -> (state, loss, gradient of x), jitted; the state is donated."""
-    cfg, gradients = _run(job), make_gradients(job)
+    cfg, gradients = train_config(job), make_gradients(job)
 
     def step(state, buffers, x, target):
         params, opt_state, number = state
@@ -151,7 +151,7 @@ def _losses(job: Job, params, x, target) -> Iterator[jax.Array]:
     """Of one step after the other, on the same rows."""
     step = make_step(job)
     trained, buffers = split_trained(params)
-    moments = jax.jit(make_optimizer(_run(job)).init)(trained)
+    moments = jax.jit(make_optimizer(train_config(job)).init)(trained)
     state = trained, moments, jnp.zeros((), jnp.int32)
     x, target = jnp.asarray(x, job["model"]["dtype"]), jnp.asarray(target)
     while True:

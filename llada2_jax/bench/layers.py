@@ -223,14 +223,18 @@ def main(argv: Sequence[str]) -> int:
     Raises: UsageError, ContenderError.
     """
     args = _parser().parse_args(argv)
+    if args.check and args.only:
+        raise UsageError("--check compares jax with torch: leave out --only")
     contenders = Contenders(args.torch_python, args.seconds)
     # Asked about what an accelerator would train; a CPU does not say how much memory it has.
     device = contenders.run("jax", _job(args, "", "mini", 4096).asked("size"))
     platform, kind = device["platform"], device["kind"]
     if args.check:
         return _check(args, platform, contenders)
+    if args.layers is None and platform != "cpu":
+        args.layers = _fitting(device["layers"], args.remat)
     model, length = ("toy", 128) if platform == "cpu" else ("mini", 4096)
-    job = _job(args, platform, model, length, args.layers or device["layers"])
+    job = _job(args, platform, model, length)
     records = measure(job, kind, args.only or list(CONTENDERS), contenders)
     print_records(
         records,
@@ -242,16 +246,12 @@ def main(argv: Sequence[str]) -> int:
     return int(all("error" in record for record in records))
 
 
-def _job(
-    args: argparse.Namespace, platform: str, model: str, length: int, layers: int | None = None
-) -> Job:
-    """Of the options; what they leave open is as given. layers: None: all of the model."""
-    if layers == 0:
-        raise UsageError("not even one layer fits: fewer --rows or a smaller --length")
+def _job(args: argparse.Namespace, platform: str, model: str, length: int) -> Job:
+    """Of the options; model and length are what they leave open."""
     cfg = MODELS[args.model or model]
     cfg = dataclasses.replace(
         cfg,
-        num_layers=layers or cfg.num_layers,
+        num_layers=args.layers or cfg.num_layers,
         vocab_size=1,
         tie_word_embeddings=True,
         param_dtype="bfloat16",
@@ -259,6 +259,15 @@ def _job(
     )
     length = args.length or length
     return Job(platform, cfg, args.rows, length, args.block, args.steps, args.seed)
+
+
+def _fitting(layers: int | None, remat: str) -> int:
+    """As many as are computed to fit. Raises: UsageError where that is none, or not known."""
+    if layers is None or remat != "full":
+        raise UsageError("--layers: what fits is known for --remat full and a device's own memory")
+    if not layers:
+        raise UsageError("not even one layer fits: take fewer --rows or a smaller --length")
+    return layers
 
 
 def _caption(platform: str, peak: float | None) -> str:
@@ -273,7 +282,6 @@ def _caption(platform: str, peak: float | None) -> str:
 
 def _check(args: argparse.Namespace, platform: str, contenders: Contenders) -> int:
     """On the CPU in fp32, and on a GPU in bf16 besides, where attention is another function."""
-    args.model, args.length, args.rows, args.steps = "toy", 128, 2, 4
     places = {"cpu": "float32"} | ({} if platform == "cpu" else {platform: "bfloat16"})
     records = []
     for place, dtype in places.items():

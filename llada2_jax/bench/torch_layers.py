@@ -214,7 +214,9 @@ class Stack(nn.Module):
         self.dense_layers = nn.ModuleList(Layer(cfg, False) for _ in range(dense))
         self.moe_layers = nn.ModuleList(Layer(cfg, True) for _ in range(cfg.num_layers - dense))
         self.final_norm = RMSNorm(cfg.hidden_size, cfg)
-        self.recompute = {"full": True, "none": False}[cfg.remat]
+        if cfg.remat not in ("full", "none"):
+            raise NotImplementedError(f"remat {cfg.remat!r} is not written here: full or none")
+        self.recompute = cfg.remat == "full"
 
     @property
     def layers(self):

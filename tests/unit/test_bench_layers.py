@@ -5,21 +5,27 @@ import json
 import os
 import re
 
+import jax
 import numpy as np
 import pytest
 
+from llada2_jax.adapters import split_trained
 from llada2_jax.bench import jax_layers
 from llada2_jax.bench.layers import (
     MODELS,
     ContenderError,
     Contenders,
     Job,
+    _fitting,
     differences,
     figures,
     main,
     measure,
 )
+from llada2_jax.errors import UsageError
 from llada2_jax.hardware import CHIPS
+from llada2_jax.model import build
+from llada2_jax.optimizer import make_optimizer
 from pallas_kernels.peaks import peak_flops
 
 SMALL = dataclasses.replace(
@@ -100,6 +106,32 @@ def test_the_command_on_a_cpu(without_torch, capsys):
     assert main(options) == 1  # all failed
     (record,) = json.loads(capsys.readouterr().out)
     assert record == {"contender": "torch", "error": "ModuleNotFoundError: no torch"}
+
+
+def test_what_fits_is_not_guessed():
+    assert _fitting(3, "full") == 3
+    for layers, remat in [(0, "full"), (None, "full"), (3, "none")]:
+        with pytest.raises(UsageError, match="layer"):
+            _fitting(layers, remat)
+    with pytest.raises(UsageError, match="leave out --only"):
+        main(["--check", "--only", "torch"])
+
+
+@pytest.mark.parametrize("attention", ["xla", "mosaic"])
+def test_a_step_of_minis_layers_lowers_for_a_gpu(attention):
+    """As far as a GPU's program can be seen without one."""
+    model = dataclasses.replace(MODELS["mini"], num_layers=2, vocab_size=1, remat="full")
+    model = dataclasses.replace(model, attention_backend=attention, experts_backend="ragged_dot")
+    asked = Job("gpu", model, rows=1, length=4096, block_size=32, steps=1, seed=0).asked("time")
+    trained, buffers = split_trained(build(model)[1])
+    moments = jax.eval_shape(make_optimizer(jax_layers.train_config(asked)).init, trained)
+    x = jax.ShapeDtypeStruct((1, 8192, 2048), "bfloat16")
+    target = jax.ShapeDtypeStruct((1, 4096, 2048), "float32")
+    state = trained, moments, jax.ShapeDtypeStruct((), "int32")
+    traced = jax_layers.make_step(asked).trace(state, buffers, x, target)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "ragged_dot" in program
+    assert ("mosaic_gpu" in program) == (attention == "mosaic")
 
 
 def test_a_difference_is_one_beyond_the_tolerance():
