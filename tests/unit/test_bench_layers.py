@@ -22,6 +22,7 @@ from llada2_jax.bench.layers import (
     main,
     measure,
 )
+from llada2_jax.checkpoint import flatten
 from llada2_jax.errors import UsageError
 from llada2_jax.hardware import CHIPS
 from llada2_jax.model import build
@@ -58,6 +59,16 @@ def test_the_steps_train():
     first, last = answer["losses"]
     assert 1 < first < 3 and last < first  # both sides have unit variance
     assert answer["seconds"] > 0 and answer["peak_bytes"] is None  # a CPU does not say
+
+
+def test_all_layers_have_weights_of_their_own():
+    params = flatten(jax_layers.initial_params(JOB.of("jax").asked("time")))
+    wanted = flatten(build(SMALL)[1])
+    assert {k: (v.shape, v.dtype) for k, v in params.items()} == {
+        k: (v.shape, v.dtype) for k, v in wanted.items()
+    }
+    down = np.asarray(params["moe_layers/mlp/experts/down"])
+    assert down.shape[0] == 2 and down[1].std() == pytest.approx(0.02, rel=0.2)
 
 
 def test_figures_of_one_dense_layer():
