@@ -145,6 +145,21 @@ def test_a_step_of_minis_layers_lowers_for_a_gpu(attention):
     assert ("mosaic_gpu" in program) == (attention == "mosaic")
 
 
+def test_a_check_that_cannot_be_made_fails(capsys, monkeypatch):
+    def run(self, name, asked):
+        if name == "torch":
+            raise ContenderError("no torch")
+        return {"platform": "gpu", "kind": "abacus", "layers": 1}
+
+    monkeypatch.setattr(Contenders, "run", run)
+    assert main(["--check", "--json"]) == 1
+    records = json.loads(capsys.readouterr().out)
+    assert [(r["on"], r["dtype"], r["same"], r["error"]) for r in records] == [
+        ("cpu", "float32", "NO", "no torch"),
+        ("gpu", "bfloat16", "NO", "no torch"),
+    ]
+
+
 def test_a_difference_is_one_beyond_the_tolerance():
     ours = {"a": np.array([3.0, 4.0]), "b": np.array([1.0]), "c": np.array([1.0])}
     theirs = {"a": np.array([3.0, 4.4]), "b": np.array([1.2]), "c": np.array([np.nan])}
