@@ -355,6 +355,17 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What a compiled training step takes from its run's config: runs that agree in it share one.
+    total_steps: of the run, which the learning rate goes by."""
+
+    optimizer: OptimizerConfig
+    spikes: SpikeConfig
+    total_steps: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run. seed: of everything random; below 2**32.
     model: architecture when init.checkpoint is empty; else it must be empty.
@@ -408,6 +419,10 @@ class TrainConfig:
     @property
     def total_steps(self) -> int:
         return self.phase_ends[-1] if self.phase_ends else 0
+
+    @property
+    def of_step(self) -> StepConfig:
+        return StepConfig(self.optimizer, self.spikes, self.total_steps, self.seed)
 
     def phase_at(self, step: int) -> tuple[int, Phase]:
         """Index and config of the phase that step `step` (from 0) belongs to; the last beyond."""

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from llada2_jax.config import OptimizerConfig, TrainConfig
+from llada2_jax.config import OptimizerConfig, StepConfig
 from llada2_jax.schedules import learning_rate
 from llada2_jax.types import Params
 
@@ -28,7 +28,7 @@ BLOCK = 128
 _PURPOSE = 3  # of the random numbers; 0 to 2 are the noise's (diffusion.py)
 
 
-def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(cfg: StepConfig) -> optax.GradientTransformationExtraArgs:
     """AdamW under the run's learning-rate schedule; no decay on norm scales.
 
     `update` takes fp32 gradients and `key`, of its rounding; updates are fp32.
@@ -42,7 +42,7 @@ def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
 
 
 def take_step(
-    cfg: TrainConfig,
+    cfg: StepConfig,
     params: Params,
     grads: Params,
     opt_state: optax.OptState,
@@ -85,7 +85,7 @@ def take_step(
     )
 
 
-def _rounding_key(cfg: TrainConfig, step: Int[Array, ""]) -> Array:
+def _rounding_key(cfg: StepConfig, step: Int[Array, ""]) -> Array:
     """The key of all rounding in one step."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), _PURPOSE), step)
 
@@ -134,7 +134,7 @@ def _layers(params: Params) -> int:
     return next((len(v[...]) for v in variables if v[...].ndim > len(v.logical_axes)), 0)
 
 
-def apply_updates(cfg: TrainConfig, params: Params, updates: Params, key: Array) -> Params:
+def apply_updates(cfg: StepConfig, params: Params, updates: Params, key: Array) -> Params:
     """params + updates, summed in fp32 and stored in the parameters' dtype."""
     stochastic = cfg.optimizer.rounding == "stochastic"
 

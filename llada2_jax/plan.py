@@ -201,7 +201,7 @@ def abstract_run(cfg: TrainConfig, model: ModelConfig, phase: Phase) -> State:
     """Shapes of what the run holds in a phase; nothing is allocated."""
     params = build(model)[1]
     trained = split_trained(params)[0]
-    moments = jax.eval_shape(make_optimizer(cfg).init, trained)
+    moments = jax.eval_shape(make_optimizer(cfg.of_step).init, trained)
     return State(params, trained, moments, _abstract_reference(cfg, model, phase))
 
 
@@ -295,10 +295,10 @@ def compiled_plan(plan: Plan) -> Plan:
     attention = {"auto": "tpu"}.get(work.model.attention_backend, work.model.attention_backend)
     model = dataclasses.replace(work.model, attention_backend=attention)
     start = time.perf_counter()
-    state = abstract_state(cfg, model, mesh)
+    state = abstract_state(cfg.of_step, model, mesh)
     check_cut(placements((state.params, state.opt_state), mesh), mesh)
     context = make_context(cfg, work.block_size, mask_id=0)
-    step = make_train_step(cfg, model, work.objective, mesh)
+    step = make_train_step(cfg.of_step, model, work.objective, mesh)
     lowered = step.lower(state, _abstract_batch(cfg, work.objective, mesh), context)
     # The step takes no reference: that is a program of its own, whose parameters stay meanwhile.
     held = sum(size for kind, size in plan.memory.state.items() if kind != "reference")

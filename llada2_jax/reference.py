@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zipfile
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def place(params: Params, memory: str) -> Params:
     )
 
 
+@functools.lru_cache(maxsize=8)
 def make_reference_step(
     model_cfg: ModelConfig, accumulate: int = 1, mesh: Mesh | None = None
 ) -> ReferenceStep:

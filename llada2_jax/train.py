@@ -100,7 +100,7 @@ class Run:
     def train_step(self, phase: Phase) -> Callable:
         if phase.objective not in self.steps:
             self.steps[phase.objective] = make_train_step(
-                self.cfg, self.bundle.config, phase.objective, self.mesh
+                self.cfg.of_step, self.bundle.config, phase.objective, self.mesh
             )
         return self.steps[phase.objective]
 
@@ -203,7 +203,7 @@ def _start(cfg: TrainConfig, corpus: Corpus | None) -> tuple[Run, int]:
         )
     state = base = restored = None
     if cfg.lora.rank or not checkpoints.newest:
-        state = init_state(cfg, bundle.params, mesh)
+        state = init_state(cfg.of_step, bundle.params, mesh)
         base = state.buffers if cfg.lora.rank else None
     bundle = dataclasses.replace(bundle, params=None)
     if checkpoints.newest:
@@ -341,7 +341,7 @@ def _restored(
     base: the buffers under adapters, which checkpoints do not hold.
     Raises: ConfigError where the data would not go on at the row that comes next.
     """
-    like = abstract_state(cfg, model, mesh)
+    like = abstract_state(cfg.of_step, model, mesh)
     found = checkpoints.restore_newest(like.saved_params, like.beside_params, before=before)
     if found is None:
         return None
@@ -393,7 +393,7 @@ def _loop(run: Run, first_step: int, notice: PreemptionNotice, trace: _Trace) ->
         _, phase = cfg.phase_at(step)
         batch = place_batch(pending.next(source), run.mesh, rows=per_step)
         if _phase_starts(cfg, step):
-            run.state = begin_phase(cfg, run.state)
+            run.state = begin_phase(cfg.of_step, run.state)
         context = make_context(
             cfg,
             phase.block_size,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from llada2_jax.adapters import split_trained
 from llada2_jax.checksums import checksum
-from llada2_jax.config import TrainConfig
+from llada2_jax.config import StepConfig, TrainConfig
 from llada2_jax.model import build, merge_params
 from llada2_jax.model.layers import Adapter
 from llada2_jax.objectives import OBJECTIVES, Context, LossOutput, whole_batch_context
@@ -33,6 +33,9 @@ from llada2_jax.sharding import (
 )
 from llada2_jax.spikes import EVENTS, SpikeWatch, fresh_watch, judge
 from llada2_jax.types import Batch, ExpertLoad, ModelConfig, Params
+
+_PROGRAMS = 32
+"""Of each kind that are kept: whoever asks for the same one again does not compile it again."""
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +71,7 @@ class TrainState:
         return dataclasses.replace(self, params=None, buffers=None)
 
 
-def init_state(cfg: TrainConfig, params: Params, mesh: Mesh | None = None) -> TrainState:
+def init_state(cfg: StepConfig, params: Params, mesh: Mesh | None = None) -> TrainState:
     """A state at step 0 from a model's parameters, placed on the mesh (default: one device)."""
     mesh = mesh or single_device_mesh()
     params = jax.device_put(params, shardings(params, mesh))
@@ -84,7 +87,7 @@ def init_state(cfg: TrainConfig, params: Params, mesh: Mesh | None = None) -> Tr
     return TrainState(step, trained, buffers, opt_state, in_a_row, skipped, rollbacks, watch)
 
 
-def abstract_state(cfg: TrainConfig, model_cfg: ModelConfig, mesh: Mesh | None = None):
+def abstract_state(cfg: StepConfig, model_cfg: ModelConfig, mesh: Mesh | None = None):
     """`init_state` as ShapeDtypeStructs with their shardings: to compile for, or restore into."""
     mesh = mesh or single_device_mesh()
     state = jax.eval_shape(lambda p: init_state(cfg, p, mesh), build(model_cfg)[1])
@@ -98,12 +101,12 @@ def abstract_state(cfg: TrainConfig, model_cfg: ModelConfig, mesh: Mesh | None =
     )
 
 
-def _optimizer_shardings(cfg: TrainConfig, opt_state: optax.OptState, mesh: Mesh):
+def _optimizer_shardings(cfg: StepConfig, opt_state: optax.OptState, mesh: Mesh):
     placed = shardings(opt_state, mesh)
     return in_host_memory(placed) if cfg.optimizer.offload else placed
 
 
-def begin_phase(cfg: TrainConfig, state: TrainState) -> TrainState:
+def begin_phase(cfg: StepConfig, state: TrainState) -> TrainState:
     """What does not carry over from one objective or block size to the next."""
     state = dataclasses.replace(state, watch=fresh_watch())
     return reset_moments(state) if cfg.optimizer.reset_each_phase else state
@@ -233,8 +236,9 @@ def _norm(grads: Params) -> Float[Array, ""]:
     return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
 
+@functools.lru_cache(maxsize=_PROGRAMS)
 def make_train_step(
-    cfg: TrainConfig, model_cfg: ModelConfig, objective: str, mesh: Mesh | None = None
+    cfg: StepConfig, model_cfg: ModelConfig, objective: str, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch, Context], tuple[TrainState, dict[str, Array]]]:
     """The jitted step of one objective on a mesh (default: one device); the state is donated, and
     stays where `init_state` put it.
@@ -318,7 +322,7 @@ def _data_checksum(batch: Batch) -> UInt32[Array, ""]:
 
 
 def _balanced(
-    cfg: TrainConfig, buffers: Params, load: Int[Array, "layers E"], applied: Bool[Array, ""]
+    cfg: StepConfig, buffers: Params, load: Int[Array, "layers E"], applied: Bool[Array, ""]
 ) -> Params:
     """Auxiliary-loss-free balancing: the selection bias of an expert with less than the mean load
     rises by the configured rate, that of one with more falls; the bias keeps a mean of zero. Not
@@ -344,6 +348,7 @@ def _router_z(load: ExpertLoad, model_cfg: ModelConfig) -> Float[Array, ""]:
     return load.z.sum() / jnp.maximum(positions, 1.0)
 
 
+@functools.lru_cache(maxsize=_PROGRAMS)
 def make_eval_step(
     model_cfg: ModelConfig, objective: str, mesh: Mesh | None = None
 ) -> Callable[[Params, Batch, Context], LossOutput]:
@@ -364,6 +369,7 @@ def make_eval_step(
     )
 
 
+@functools.lru_cache(maxsize=_PROGRAMS)
 def make_grad_norms_by_rate(
     model_cfg: ModelConfig, objective: str, buckets: int, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch, Context], list[Float[Array, ""]]]:

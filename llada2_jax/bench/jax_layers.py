@@ -90,7 +90,7 @@ def needed_bytes(job: Job, layers: int) -> float:
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params = build(model)[1]
-    moments = jax.eval_shape(make_optimizer(cfg).init, split_trained(params)[0])
+    moments = jax.eval_shape(make_optimizer(cfg.of_step).init, split_trained(params)[0])
     held = sum(place.bytes_per_device for place in placements((params, moments), mesh))
     work = Workload(cfg, model, sizes, "bdlm", job["block_size"])
     return held + sum(working_bytes(work, placements(params, mesh)).values())
@@ -122,7 +122,7 @@ def make_gradients(job: Job) -> Callable:
 
 def make_step(job: Job) -> Callable:
     """(state, buffers, x, target) -> (state, loss, gradient of x), jitted; the state is donated."""
-    cfg, gradients = train_config(job), make_gradients(job)
+    cfg, gradients = train_config(job).of_step, make_gradients(job)
 
     def step(state, buffers, x, target):
         params, opt_state, number = state
@@ -151,7 +151,7 @@ def _losses(job: Job, params: Params, x, target) -> Iterator[jax.Array]:
     """Of one step after the other, on the same rows."""
     step = make_step(job)
     trained, buffers = split_trained(params)
-    moments = jax.jit(make_optimizer(train_config(job)).init)(trained)
+    moments = jax.jit(make_optimizer(train_config(job).of_step).init)(trained)
     state = trained, moments, jnp.zeros((), jnp.int32)
     x, target = jnp.asarray(x, job["model"]["dtype"]), jnp.asarray(target)
     while True:

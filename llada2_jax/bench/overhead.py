@@ -88,9 +88,9 @@ def _step_seconds(cfg: TrainConfig, corpus: Corpus) -> float:
     rows = corpus.training_rows(cfg.data, cfg.data.rows_per_step, cfg.seed)
     batch = next(batches(rows, rows_per_step=cfg.data.rows_per_step, first_step=0))
     context = make_context(cfg, 1, bundle.special.mask)
-    step = make_train_step(cfg, bundle.config, "ar")
+    step = make_train_step(cfg.of_step, bundle.config, "ar")
     batch, context = jax.device_put((batch, context))
-    state, _ = step(init_state(cfg, bundle.params), batch, context)
+    state, _ = step(init_state(cfg.of_step, bundle.params), batch, context)
     jax.block_until_ready(state)
     steps, started = cfg.total_steps - cfg.log_every, time.perf_counter()
     for _ in range(steps):

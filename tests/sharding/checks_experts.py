@@ -62,9 +62,9 @@ def test_an_overflow_is_counted_and_its_step_not_applied_unless_ignored(way, pol
     mesh, batch = mesh_of(expert=4), rows()
     cfg = dataclasses.replace(CFG, spikes=SpikeConfig(expert_overflow=policy))
     small = model(expert_exchange=way, expert_buffer=1.0, experts_backend="ragged_dot")
-    state = init_state(cfg, jax.tree.map(np.asarray, one_sided()), mesh)
+    state = init_state(cfg.of_step, jax.tree.map(np.asarray, one_sided()), mesh)
     before = np.asarray(state.params["head"][...])
-    step = make_train_step(cfg, small, "ar", mesh)
+    step = make_train_step(cfg.of_step, small, "ar", mesh)
     state, metrics = step(state, place_batch(batch, mesh), make_context(cfg, 1, MASK))
     pairs = batch.tokens.size * small.experts_per_token
     # All want the device of the first four experts, which has room for a fourth of them.
@@ -83,7 +83,7 @@ def test_what_has_no_step_to_refuse_leaves_nothing_out_or_says_so():
         context = make_context(CFG, 1, MASK)
         output = make_eval_step(small, "ar", mesh)(placed, place_batch(rows(), mesh), context)
         assert output.expert_load.overflow.sum() == 0
-        state = init_state(CFG, jax.tree.map(np.asarray, one_sided()), mesh)
+        state = init_state(CFG.of_step, jax.tree.map(np.asarray, one_sided()), mesh)
         norms = make_grad_norms_by_rate(small, "ar", 1, mesh)
         (norm,) = norms(state, place_batch(rows(), mesh), context)
         return np.asarray(output.nll), float(norm)

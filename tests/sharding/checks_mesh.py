@@ -125,8 +125,8 @@ def test_noise_is_the_same_bit_for_bit():
 
 def test_a_step_compiles_once_and_leaves_the_state_where_it_is():
     mesh = mesh_of(fsdp=2, expert=2, model=2)
-    step = make_train_step(CFG, MODEL, "ar", mesh)
-    state = init_state(CFG, jax.tree.map(np.asarray, params()), mesh)
+    step = make_train_step(CFG.of_step, MODEL, "ar", mesh)
+    state = init_state(CFG.of_step, jax.tree.map(np.asarray, params()), mesh)
     before = jax.tree.map(lambda x: x.sharding, state)
     for _ in range(3):
         state, _ = step(state, place_batch(rows(), mesh), make_context(CFG, 1, MASK))
@@ -232,8 +232,8 @@ def test_moments_on_the_host_change_nothing():
     states = {}
     for offload in (False, True):
         cfg = dataclasses.replace(CFG, optimizer=OptimizerConfig(offload=offload))
-        state = init_state(cfg, jax.tree.map(np.asarray, params()), mesh)
-        step = make_train_step(cfg, MODEL, "ar", mesh)
+        state = init_state(cfg.of_step, jax.tree.map(np.asarray, params()), mesh)
+        step = make_train_step(cfg.of_step, MODEL, "ar", mesh)
         for _ in range(2):
             state, _ = step(state, place_batch(rows(), mesh), context)
         states[offload] = state

@@ -55,7 +55,7 @@ def gradients(mesh, objective="bdlm", *, cfg=CFG, model=MODEL, batch=None, given
     """(loss, expert load, gradients) of a batch, as NumPy. given: parameters."""
     batch = rows() if batch is None else batch
     given = params(model) if given is None else given
-    state = init_state(cfg, jax.tree.map(np.asarray, given), mesh)
+    state = init_state(cfg.of_step, jax.tree.map(np.asarray, given), mesh)
 
     @jax.jit
     @meshed(mesh)

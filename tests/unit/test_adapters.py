@@ -97,14 +97,14 @@ def test_only_adapters_are_trained():
     """The base stays as it is, bit for bit, and the optimizer knows nothing of it."""
     bundle = adapted(cfg=config(param_dtype="bfloat16"))
     cfg = TrainConfig(lora=LORA)
-    state = init_state(cfg, bundle.params)
+    state = init_state(cfg.of_step, bundle.params)
     factors = sum(x.size for p, x in flatten(bundle.params).items() if "_adapter/" in p)
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert moments == 2 * factors
     assert sum(x.size for x in jax.tree.leaves(state.saved_params)) == factors
     before = jax.tree.map(jnp.copy, (state.params, state.buffers))
     batch = make_batch(np.arange(16).reshape(2, 8) % 15)
-    step = make_train_step(cfg, bundle.config, "bdlm")
+    step = make_train_step(cfg.of_step, bundle.config, "bdlm")
     for _ in range(2):
         state, metrics = step(state, batch, make_context(cfg, 4, 15))
     assert float(metrics["grad_norm"]) > 0

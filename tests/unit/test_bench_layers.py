@@ -135,7 +135,7 @@ def test_a_step_of_minis_layers_lowers_for_a_gpu(attention):
     model = dataclasses.replace(model, attention_backend=attention, experts_backend="ragged_dot")
     asked = Job("gpu", model, rows=1, length=4096, block_size=32, steps=1, seed=0).asked("time")
     trained, buffers = split_trained(build(model)[1])
-    moments = jax.eval_shape(make_optimizer(jax_layers.train_config(asked)).init, trained)
+    moments = jax.eval_shape(make_optimizer(jax_layers.train_config(asked).of_step).init, trained)
     x = jax.ShapeDtypeStruct((1, 8192, 2048), "bfloat16")
     target = jax.ShapeDtypeStruct((1, 4096, 2048), "float32")
     state = trained, moments, jax.ShapeDtypeStruct((), "int32")

@@ -553,7 +553,7 @@ def test_shipped_configs_are_valid(config):
 def test_a_step_of_a_shipped_config_keeps_the_shapes_of_its_state(config):
     """Traced, not run: shapes and dtypes of every phase's step."""
     cfg, model = shipped_model(config)
-    state = jax.eval_shape(lambda p: init_state(cfg, p), build(model)[1])
+    state = jax.eval_shape(lambda p: init_state(cfg.of_step, p), build(model)[1])
     shape = (cfg.data.rows_per_step, cfg.data.row_length)
     ints = jax.ShapeDtypeStruct(shape, jnp.int32)
     fields = dict.fromkeys((f.name for f in dataclasses.fields(Batch)), ints)
@@ -561,7 +561,7 @@ def test_a_step_of_a_shipped_config_keeps_the_shapes_of_its_state(config):
     fields |= {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool)}
     batch = Batch(**fields | {"loss_weights": floats, "reference": floats})
     for objective in sorted({phase.objective for phase in cfg.phases}):
-        step = make_train_step(cfg, model, objective)
+        step = make_train_step(cfg.of_step, model, objective)
         after, metrics = jax.eval_shape(step, state, batch, make_context(cfg, 1, 0))
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
             lambda x: (x.shape, x.dtype), state

@@ -88,7 +88,7 @@ def test_gradient_is_the_hand_derived_one(params, others, same):
     ctx = context(samples=2)
     reference = params if same else others
     batch = referred(reference, batch_of([0, 2], [1]), ctx)
-    state = init_state(TrainConfig(), params)
+    state = init_state(TrainConfig().of_step, params)
     got, output = gradient("dpo", TINY, state.params, state.buffers, batch, ctx, 1)
 
     policy = naive_bounds(params, batch, ctx)
@@ -161,7 +161,7 @@ def test_the_bound_equals_enumeration(params, name):
 
 def test_gradient_depends_neither_on_packing_nor_on_accumulation(params, others):
     ctx = context(samples=2)
-    state = init_state(TrainConfig(), params)
+    state = init_state(TrainConfig().of_step, params)
     gradients = []
     for rows, n in (([[0, 2], [1]], 1), ([[1, 2], [0]], 1), ([[2, 0], [1]], 2)):
         batch = batch_of(*rows)

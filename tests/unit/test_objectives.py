@@ -209,7 +209,7 @@ def test_gradient_does_not_depend_on_accumulation(params, objective):
     segments = np.sort(rng.integers(0, 3, (8, LENGTH)), axis=1)[:, ::-1]
     batch = with_pairs(make_batch(rng.integers(0, 14, (8, LENGTH)), segments))
     cfg = TrainConfig(optimizer=OptimizerConfig())
-    state = init_state(cfg, params)
+    state = init_state(cfg.of_step, params)
     gradient = jax.jit(accumulated, static_argnums=(0, 1, 6))
     grads = [
         gradient(objective, TINY, state.params, state.buffers, batch, context(LENGTH), n)[0]
@@ -224,8 +224,8 @@ def test_a_train_step_holds_no_logits_of_all_tokens(objective):
     """Every array of the step's program with the vocabulary among its axes is smaller."""
     cfg = config(vocab_size=41)
     batch = with_pairs(make_batch(np.zeros((4, 512), int)))
-    state = jax.eval_shape(lambda: init_state(TrainConfig(), init_params(cfg, 0)))
-    step = make_train_step(TrainConfig(), cfg, objective)
+    state = jax.eval_shape(lambda: init_state(TrainConfig().of_step, init_params(cfg, 0)))
+    step = make_train_step(TrainConfig().of_step, cfg, objective)
     program = step.lower(state, batch, context(4)).as_text()
     found = re.findall(r"tensor<(\d+(?:x\d+)*)x\w+>", program)
     shapes = {tuple(map(int, dims.split("x"))) for dims in found}

@@ -44,14 +44,14 @@ def trained(cfg: TrainConfig, params, gradients, start=0, state=None, applied=Tr
     def step(params, state, gradient, number):
         norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
         return optimizer.take_step(
-            *(cfg, params, jax.tree.map(lambda g: 3 * g, gradient), state),
+            *(cfg.of_step, params, jax.tree.map(lambda g: 3 * g, gradient), state),
             weight=jnp.float32(3),
             norm=norm,
             step=number,
             applied=jnp.bool_(applied),
         )
 
-    state = optimizer.make_optimizer(cfg).init(params) if state is None else state
+    state = optimizer.make_optimizer(cfg.of_step).init(params) if state is None else state
     for number, gradient in enumerate(gradients, start):
         params, state = step(params, state, gradient, jnp.int32(number))
     return params, state
@@ -184,7 +184,7 @@ def test_stacked_layers_are_updated_as_each_alone(moments):
 
 def test_a_step_that_is_not_applied_changes_nothing():
     params, gradient = tree(jnp.ones((3, 4, 128))), tree(jnp.full((3, 4, 128), jnp.nan))
-    start = optimizer.make_optimizer(run_config()).init(params)
+    start = optimizer.make_optimizer(run_config().of_step).init(params)
     after = trained(run_config(), params, [gradient], state=start, applied=False)
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves((params, start)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -194,7 +194,7 @@ def test_forgotten_moments_are_zero():
     params = tree(jnp.ones((2, 128), jnp.bfloat16))
     cfg = run_config("bfloat16", moments="int8")
     gradient = jax.tree.map(jnp.ones_like, params)
-    state = init_state(cfg, params)
+    state = init_state(cfg.of_step, params)
     _, opt_state = trained(cfg, state.params, [gradient], state=state.opt_state)
     moments = adam_of(opt_state)
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(moments))

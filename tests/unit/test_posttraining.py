@@ -246,7 +246,7 @@ def test_loss_weights_multiply_the_loss_and_count_in_the_denominator(params, nll
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradient(objective, params, batch, context):
-    state = init_state(TrainConfig(), params)
+    state = init_state(TrainConfig().of_step, params)
     grads, output = accumulated(objective, TINY, state.params, state.buffers, batch, context, 1)
     return grads, output.loss, output.metrics
 
@@ -290,7 +290,7 @@ def test_gradient_of_cap_is_that_of_the_naive_form(params):
     value, grads = jax.jit(jax.value_and_grad(naive))(params)
     got, loss, _ = gradient("cap", params, batch, drawn)
     np.testing.assert_allclose(loss.mean(), value, rtol=1e-5)
-    trained = init_state(TrainConfig(), grads).params
+    trained = init_state(TrainConfig().of_step, grads).params
     assert_close(got, trained)
 
 
