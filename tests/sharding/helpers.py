@@ -1,13 +1,15 @@
 """What the checks on 8 devices share: a model whose axes every mesh divides, and rows."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 
+from llada2_jax.adapters import split_trained
 from llada2_jax.config import DataConfig, MeshConfig, TrainConfig
 from llada2_jax.sharding import make_mesh, place_batch, shardings
-from llada2_jax.train_step import accumulated, init_state, make_context, meshed
+from llada2_jax.train_step import accumulated, make_context, meshed
 from tests.helpers import config, make_batch, random_params
 
 MODEL = config(
@@ -21,6 +23,9 @@ MODEL = config(
     topk_group=2,
     expert_buffer=0.0,  # so few tokens are anything but balanced
 )
+SHALLOW = dataclasses.replace(MODEL, num_layers=2)
+"""One layer of each kind, for what does not depend on how many there are: quicker to compile."""
+
 ROWS, LENGTH, MASK = 8, 16, 31
 CFG = TrainConfig(data=DataConfig(row_length=LENGTH, rows_per_step=ROWS))
 
@@ -55,22 +60,26 @@ def gradients(mesh, objective="bdlm", *, cfg=CFG, model=MODEL, batch=None, given
     """(loss, expert load, gradients) of a batch, as NumPy. given: parameters."""
     batch = rows() if batch is None else batch
     given = params(model) if given is None else given
-    state = init_state(cfg.of_step, jax.tree.map(np.asarray, given), mesh)
-
-    @jax.jit
-    @meshed(mesh)
-    def run(params, buffers, batch, context):
-        n = cfg.optimizer.accumulate
-        grads, output = accumulated(objective, model, params, buffers, batch, context, n)
-        return output.loss.mean(), output.expert_load, grads
-
+    trained, buffers = split_trained(jax.device_put(given, shardings(given, mesh)))
+    run = _program(mesh, objective, model, cfg.optimizer.accumulate)
     context = make_context(cfg, LENGTH if objective == "mdlm" else 4, MASK, sigma=0.1)
-    *results, grads = run(state.params, state.buffers, place_batch(batch, mesh), context)
+    *results, grads = run(trained, buffers, place_batch(batch, mesh), context)
     for grad, placed in zip(
-        jax.tree.leaves(grads), jax.tree.leaves(shardings(state.params, mesh)), strict=True
+        jax.tree.leaves(grads), jax.tree.leaves(shardings(trained, mesh)), strict=True
     ):
         assert grad.sharding.is_equivalent_to(placed, grad.ndim)
     return jax.tree.map(np.asarray, (*results, grads))
+
+
+@functools.cache
+def _program(mesh, objective, model, micro_batches):
+    @jax.jit
+    @meshed(mesh)
+    def run(*inputs):
+        grads, output = accumulated(objective, model, *inputs, micro_batches)
+        return output.loss.mean(), output.expert_load, grads
+
+    return run
 
 
 def assert_equal(mine, single) -> None:
