@@ -40,7 +40,6 @@ def get_config():
     config.optimizer.final_fraction = 0.1
     config.optimizer.expert_bias_rate = 1e-3  # as in Ling's pretraining
     config.runtime.param_dtype = "bfloat16"
-    config.runtime.experts_backend = "ragged_dot"
     config.runtime.remat = "full"
     config.eval.rows = 256
     config.eval.every_tokens = BILLION

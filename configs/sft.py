@@ -56,7 +56,6 @@ def _large(config, model):
     config.optimizer.learning_rate = 1e-5
     config.optimizer.warmup_fraction = 0.02
     config.runtime.param_dtype = "bfloat16"
-    config.runtime.experts_backend = "ragged_dot"
     config.runtime.remat = "full"
     config.eval.rows = 128
     config.checkpoint.every_tokens = 200_000_000

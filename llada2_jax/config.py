@@ -321,7 +321,7 @@ class RuntimeConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     attention_backend: str = "auto"
-    experts_backend: str = "tiles"
+    experts_backend: str = "auto"
     expert_buffer: float = 2.0
     expert_exchange: str = "auto"
     expert_chunks: int = 1

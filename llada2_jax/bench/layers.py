@@ -49,7 +49,7 @@ MODELS = {"toy": _TOY, **ARCHITECTURES}
 """The toy is what a CPU can train; it says nothing about an accelerator."""
 
 CONTENDERS: dict[str, dict[str, str]] = {
-    "jax": {"attention_backend": "auto", "experts_backend": "ragged_dot"},
+    "jax": {"attention_backend": "auto", "experts_backend": "auto"},
     "jax, tiled experts": {"attention_backend": "auto", "experts_backend": "tiles"},
     "jax, xla attention": {"attention_backend": "xla", "experts_backend": "tiles"},
     "torch": {},

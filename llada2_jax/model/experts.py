@@ -36,7 +36,7 @@ from llada2_jax.model.layers import LowRank, adapter, normal, parameter, swiglu
 from llada2_jax.remat import DISPATCH
 from llada2_jax.sharding import axis_size, gathered
 from llada2_jax.types import ModelConfig
-from pallas_kernels.grouped_matmul import grouped_matmul, row_alignment
+from pallas_kernels.grouped_matmul import chosen_backend, grouped_matmul, row_alignment
 
 GATHER_UP_TO = 8
 """Devices along `expert` up to which expert_exchange="auto" is "gather"."""
@@ -238,13 +238,15 @@ class Experts(nnx.Module):
         The weight is applied in the middle, where rows are narrow: the backward pass then needs no
         expert's output.
         """
-        count, backend = len(kernels[0][0]), self.cfg.experts_backend
+        (widest, _), _ = kernels
+        count = len(widest)
+        backend = chosen_backend(self.cfg.experts_backend, widest.shape, x.dtype)
         alignment = row_alignment(room, count, backend)
         plan = plan_dispatch(experts, first, count, alignment, room)
         used = (plan.pair_of_slot < experts.size)[:, None]
         weight = jnp.where(used, to_slots(weights.reshape(-1, 1), plan), 0)
 
-        def matmul(rows, w):
+        def matmul(rows, w, backend=backend):
             return grouped_matmul(rows, w, plan.sizes, alignment=alignment, backend=backend)
 
         def project(rows, kernel, low_rank):
@@ -252,7 +254,8 @@ class Experts(nnx.Module):
             if low_rank is None:
                 return out
             a, b, scale = low_rank
-            return out + scale * matmul(matmul(rows, a), b)
+            narrow = "ragged_dot" if backend == "tokamax" else backend  # its kernels are for wide
+            return out + scale * matmul(matmul(rows, a, narrow), b, narrow)
 
         up, down = kernels
         gate_up = project(to_slots(x, plan), *up)

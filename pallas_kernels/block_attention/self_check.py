@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_attention.reference import attend_reference
-from pallas_kernels.block_attention.selection import difference, first_proven
 from pallas_kernels.block_layout import (
     CLEAN,
     BlockLayout,
@@ -25,6 +24,7 @@ from pallas_kernels.block_layout import (
     half_layout,
     zigzag,
 )
+from pallas_kernels.selection import difference, first_proven
 
 PREFERENCES = {"tpu": ("tpu", "splash"), "gpu": ("mosaic", "triton")}
 """Kernels to try on a platform, best first."""

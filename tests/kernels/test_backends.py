@@ -14,12 +14,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask_info
 
+from pallas_kernels import selection
 from pallas_kernels.block_attention import (
     BACKENDS,
     api,
     attend_reference,
     block_attention,
-    selection,
 )
 from pallas_kernels.block_attention import self_check as checking
 from pallas_kernels.block_attention.self_check import PREFERENCES, rows_of, select, self_check

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from pallas_kernels import selection as mechanism
 from pallas_kernels.aot import decoding_attention
 from pallas_kernels.block_attention import attend_reference
-from pallas_kernels.block_attention import selection as mechanism
 from pallas_kernels.block_attention.decode import (
     DECODE_BACKENDS,
     ContiguousCache,

@@ -130,9 +130,7 @@ def test_the_shapes_are_those_of_a_generation():
 
 @needs_libtpu
 def test_the_program_compiles_for_a_slice():
-    cfg = dataclasses.replace(
-        TINY, head_dim=128, hidden_size=256, vocab_size=512, experts_backend="ragged_dot"
-    )
+    cfg = dataclasses.replace(TINY, head_dim=128, hidden_size=256, vocab_size=512)
     found, computed = (
         plan_decoding(cfg, Requests(4, 200, 64), slice_named("v5litepod-4"), compiled=c)
         for c in (True, False)

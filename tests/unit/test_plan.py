@@ -58,7 +58,7 @@ def small_run(rows=4, **mesh):
     config.data.row_length, config.data.rows_per_step = 256, rows
     config.schedule.warmup_blocks, config.schedule.warmup_tokens = (32,), 10**6
     config.schedule.stable_tokens = 10**7
-    config.runtime.experts_backend, config.runtime.remat = "ragged_dot", "full"
+    config.runtime.remat = "full"
     config.mesh.update(mesh)
     return validate(config)
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_attention.decode.cache import Cache, ContiguousCache, PagedCache
-from pallas_kernels.block_attention.selection import difference, first_proven
 from pallas_kernels.block_layout import CLEAN, NOISY, BlockLayout, concatenate, half_layout
+from pallas_kernels.selection import difference, first_proven
 
 KERNELS = ("tpu", "gpu")
 """Backends that are kernels; each is named after its platform."""

@@ -27,9 +27,13 @@ _chosen: dict[tuple, str] = {}
 
 
 def first_proven(
-    what: str, preferences: Mapping[str, Sequence[str]], prove: Prove, where: str
+    what: str,
+    preferences: Mapping[str, Sequence[str]],
+    prove: Prove,
+    where: str,
+    otherwise: str = "xla",
 ) -> str:
-    """The first backend of the platform's that is proven, or "xla", which needs no proof.
+    """The first backend of the platform's that is proven, or `otherwise`, which needs no proof.
 
     Decided once for each `what`, `where` and kind of device; also while something else is being
     traced. A kernel that is refused is a warning with the reason, and so is the choice, where there
@@ -48,7 +52,9 @@ def first_proven(
     if key not in _chosen:
         candidates = preferences.get(device.platform, ())
         if present or not candidates:
-            _chosen[key] = _first_proven(what, candidates, prove, where, device, together)
+            _chosen[key] = _first_proven(
+                what, candidates, prove, where, otherwise, device, together
+            )
         else:
             _chosen[key] = candidates[0]
             _warn_once(
@@ -57,7 +63,9 @@ def first_proven(
     return _chosen[key]
 
 
-def _first_proven(what: str, candidates, prove: Prove, where: str, device, together: bool) -> str:
+def _first_proven(
+    what: str, candidates, prove: Prove, where: str, otherwise: str, device, together: bool
+) -> str:
     kind = device.device_kind
     for backend in candidates:
         # A thread of its own, because a function may be under trace in this one.
@@ -68,10 +76,10 @@ def _first_proven(what: str, candidates, prove: Prove, where: str, device, toget
             return backend
         logger.warning("%s: %r is not used on %s (%s): %s", what, backend, kind, where, fault)
     if candidates:
-        _warn_once(f"{what}: 'xla' on {kind}, since no kernel passed")
+        _warn_once(f"{what}: {otherwise!r} on {kind}, since no kernel passed")
     else:
-        logger.info("%s: 'xla' on %s, which no kernel is for", what, kind)
-    return "xla"
+        logger.info("%s: %r on %s, which no kernel is for", what, otherwise, kind)
+    return otherwise
 
 
 def _fault(prove: Prove, backend: str, device, together: bool) -> str | None:
