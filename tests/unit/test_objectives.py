@@ -25,7 +25,7 @@ from llada2_jax.train_step import (
     make_train_step,
 )
 from pallas_kernels.block_layout import CLEAN, block_index, half_layout
-from tests.helpers import TINY, config, make_batch, random_params
+from tests.helpers import ONE_LAYER, TINY, make_batch, random_params
 from tests.jaxprs import equations_of
 
 MASK, LENGTH = 15, 6
@@ -209,16 +209,16 @@ def test_denominator_counts_supervised_tokens_not_masked_ones(params):
     assert float(output.metrics["mask_rate"].total) < 4 * len(SETS)
 
 
-@pytest.mark.parametrize("objective", ["ar", "cap"])
-def test_gradient_does_not_depend_on_accumulation(objective):
-    """CAP holds BDLM, of which MDLM is half; tests/unit/test_dpo.py has it of DPO."""
-    cfg, rng = config(num_layers=1, first_k_dense_replace=0), np.random.default_rng(0)
+def test_gradient_does_not_depend_on_accumulation():
+    """tests/unit/test_posttraining.py has it of CAP, of which BDLM is a part, and test_dpo.py of
+    DPO."""
+    rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(0, 3, (8, LENGTH)), axis=1)[:, ::-1]
     batch = make_batch(rng.integers(0, 14, (8, LENGTH)), segments)
-    trained, buffers = nnx.split_state(random_params(cfg, 1, 0.3), nnx.Param, ...)
+    trained, buffers = nnx.split_state(random_params(ONE_LAYER, 1, 0.3), nnx.Param, ...)
     gradient = jax.jit(accumulated, static_argnums=(0, 1, 6))
     grads = [
-        gradient(objective, cfg, trained, buffers, batch, context(LENGTH), n)[0] for n in (1, 4)
+        gradient("ar", ONE_LAYER, trained, buffers, batch, context(LENGTH), n)[0] for n in (1, 4)
     ]
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4)
@@ -227,7 +227,7 @@ def test_gradient_does_not_depend_on_accumulation(objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_train_step_holds_no_logits_of_all_tokens(objective):
     """Every array of the step's program with the vocabulary among its axes is smaller."""
-    cfg = config(vocab_size=41, num_layers=1, first_k_dense_replace=0)
+    cfg = dataclasses.replace(ONE_LAYER, vocab_size=41)
     batch = with_pairs(make_batch(np.zeros((4, 512), int)))
     state = abstract_state(TrainConfig().of_step, cfg)
     step = make_train_step(TrainConfig().of_step, cfg, objective)
