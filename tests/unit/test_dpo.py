@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from math import comb
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,14 @@ from flax import nnx
 
 from llada2_jax.config import DPOConfig, NoiseConfig, TrainConfig
 from llada2_jax.diffusion import Noised, corrupt
-from llada2_jax.model import init_params, merge_params
+from llada2_jax.model import merge_params
 from llada2_jax.objectives import OBJECTIVES
 from llada2_jax.objectives.bdlm import noisy_hidden
 from llada2_jax.objectives.dpo import _draws
 from llada2_jax.reference import make_reference_step
-from llada2_jax.train_step import accumulated, init_state, make_context, make_eval_step
+from llada2_jax.train_step import accumulated, make_context, make_eval_step
 from pallas_kernels.block_layout import block_index
-from tests.helpers import TINY, make_batch, make_pairs
+from tests.helpers import ONE_LAYER, make_batch, make_pairs, random_params
 
 MASK, BLOCK, BETA = 15, 4, 0.5
 # Texts of several blocks, prompts that end inside one, and pairs of unequal lengths.
@@ -31,13 +32,13 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(TINY, 1)
+    return random_params(ONE_LAYER, 1, 0.3)
 
 
 @pytest.fixture(scope="module")
 def others():
     """A reference that differs from the policy."""
-    return init_params(TINY, 2)
+    return random_params(ONE_LAYER, 2, 0.3)
 
 
 def context(noise=None, block_size=BLOCK, **dpo):
@@ -49,7 +50,7 @@ def batch_of(*rows):
     return make_pairs([[PAIRS[i] for i in row] for row in rows], row_length=24)
 
 
-bounds_of = make_reference_step(TINY)
+bounds_of = make_reference_step(ONE_LAYER)
 gradient = jax.jit(accumulated, static_argnums=(0, 1, 6))
 
 
@@ -60,23 +61,29 @@ def referred(params, batch, ctx):
 @jax.jit
 def naive_bounds(params, batch, ctx):
     """B of each segment of each row, from the logits of all tokens: [rows, segments]."""
-    model = merge_params(TINY, params)
+    model = merge_params(ONE_LAYER, params)
     block = block_index(batch.positions, ctx.block_size, ctx.block_anchor)
     noised, n = _draws(batch, block, ctx), ctx.dpo.samples
-    bounds = 0.0
-    for i in range(n):  # the draws of a row are below each other
-        draw = jax.tree.map(lambda x, i=i: x[i::n], noised)
-        hidden, _ = noisy_hidden(model, batch, draw, block, ctx, clean_half=True)
-        logp = jax.nn.log_softmax(model.logits(hidden))
-        logp = jnp.take_along_axis(logp, batch.tokens[..., None], -1)[..., 0]
-        inside = jnp.stack([batch.segment_ids == s for s in range(1, 5)])
-        bounds += jnp.where(inside, draw.weight * logp, 0.0).sum(-1).T / n
-    return bounds
+    # The draws of a row are below each other.
+    batch, block = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), (batch, block))
+    hidden, _ = noisy_hidden(model, batch, noised, block, ctx, clean_half=True)
+    logp = jax.nn.log_softmax(model.logits(hidden))
+    logp = jnp.take_along_axis(logp, batch.tokens[..., None], -1)[..., 0]
+    inside = jnp.stack([batch.segment_ids == s for s in range(1, 5)])
+    bounds = jnp.where(inside, noised.weight * logp, 0.0).sum(-1).T  # [draws, segments]
+    return bounds.reshape(-1, n, 4).mean(1)
+
+
+@jax.jit
+@jax.grad
+def naive_gradient(params, batch, ctx, push):
+    bounds = naive_bounds(params, batch, ctx)
+    return -(push * (bounds[:, ::2] - bounds[:, 1::2])).sum()
 
 
 def test_at_the_reference_the_loss_is_log_2(params):
     batch, ctx = batch_of([0, 2], [1]), context(samples=2)
-    output = make_eval_step(TINY, "dpo")(params, referred(params, batch, ctx), ctx)
+    output = make_eval_step(ONE_LAYER, "dpo")(params, referred(params, batch, ctx), ctx)
     assert float(output.loss.weight) == 3
     assert float(output.loss.mean()) == pytest.approx(np.log(2), rel=2e-6)
     assert float(output.metrics["reward_margin"].mean()) == pytest.approx(0, abs=1e-5)
@@ -88,20 +95,15 @@ def test_gradient_is_the_hand_derived_one(params, others, same):
     ctx = context(samples=2)
     reference = params if same else others
     batch = referred(reference, batch_of([0, 2], [1]), ctx)
-    state = init_state(TrainConfig().of_step, params)
-    got, output = gradient("dpo", TINY, state.params, state.buffers, batch, ctx, 1)
+    trained, buffers = nnx.split_state(params, nnx.Param, ...)
+    got, output = gradient("dpo", ONE_LAYER, trained, buffers, batch, ctx, 1)
 
     policy = naive_bounds(params, batch, ctx)
     gain = policy - naive_bounds(reference, batch, ctx)
     margins = BETA * (gain[:, ::2] - gain[:, 1::2])  # [rows, pairs]; 0 for the row with one
     push = BETA / (1 + jnp.exp(margins)) * jnp.asarray([[1.0, 1.0], [1.0, 0.0]]) / 3
 
-    def pushed(trained):
-        bounds = naive_bounds(trained, batch, ctx)
-        return -(push * (bounds[:, ::2] - bounds[:, 1::2])).sum()
-
-    want = jax.jit(jax.grad(pushed))(params)
-    want = nnx.split_state(want, nnx.Param, ...)[0]
+    want = nnx.split_state(naive_gradient(params, batch, ctx, push), nnx.Param, ...)[0]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6, rtol=1e-3)
 
@@ -116,6 +118,33 @@ def test_gradient_is_the_hand_derived_one(params, others, same):
         assert means["reward_rejected"] == pytest.approx(rewards[1::2].mean(), abs=1e-4)
 
 
+TEXT = [3, 1, 4, 1]
+
+
+def number(masks):
+    """Which row of `log_probabilities` each row of masks is."""
+    return np.asarray(masks) @ [8, 4, 2, 1]
+
+
+@pytest.fixture(scope="module")
+def log_probabilities(params):
+    """fp64 [16, 4]: log p of every token of TEXT under each set of masked ones."""
+    masks = jnp.asarray(list(itertools.product([False, True], repeat=len(TEXT))))
+    batch, ones = make_batch(np.tile(TEXT, (16, 1))), jnp.ones(masks.shape, jnp.float32)
+
+    @jax.jit
+    def of(params):
+        noised = Noised(jnp.where(masks, MASK, batch.tokens), masks, masks, ones, ones)
+        model, block = merge_params(ONE_LAYER, params), jnp.zeros_like(batch.tokens)
+        hidden, _ = noisy_hidden(model, batch, noised, block, context(), clean_half=True)
+        logp = jax.nn.log_softmax(model.logits(hidden))
+        return jnp.take_along_axis(logp, batch.tokens[..., None], -1)[..., 0]
+
+    return np.asarray(of(params), np.float64)
+
+
+draws = jax.jit(_draws)
+
 NOISES = {
     "independent": ({}, {"samples": 3}),
     "antithetic": ({}, {"samples": 2, "antithetic": True}),
@@ -125,48 +154,34 @@ NOISES = {
 
 
 @pytest.mark.parametrize("name", NOISES)
-def test_the_bound_equals_enumeration(params, name):
-    """B = −Σ over sizes k and subsets S of 1/k · 1/C(n,k) · Σ_{i in S} −log p(x_i | S masked)."""
+def test_the_bound_equals_enumeration(log_probabilities, name):
+    """B = −Σ over sizes k and subsets S of 1/k · 1/C(n,k) · Σ_{i in S} −log p(x_i | S masked), in
+    the mean over draws of the noise; the gradients above have the model's B for a draw."""
     noise, dpo = NOISES[name]
-    ctx = context(NoiseConfig(**noise), **dpo)
-    tokens, n, rows = np.asarray([3, 1, 4, 1]), 4, 6000
+    n, rows = len(TEXT), 6000
     subsets = [s for k in range(1, n + 1) for s in itertools.combinations(range(n), k)]
-    masks = np.zeros((len(subsets), n), bool)
-    for row, subset in enumerate(subsets):
-        masks[row, list(subset)] = True
-    batch = make_batch(np.tile(tokens, (len(subsets), 1)))
-    noisy = jnp.where(jnp.asarray(masks), MASK, batch.tokens)
-    ones = jnp.ones(masks.shape, jnp.float32)
-    masked, block = jnp.asarray(masks), jnp.zeros_like(noisy)
-    noised = Noised(noisy, masked, masked, ones, ones)
+    want = 0.0
+    for subset in subsets:
+        row = number([i in subset for i in range(n)])
+        want += log_probabilities[row, list(subset)].sum() / len(subset) / comb(n, len(subset))
 
-    @jax.jit
-    def log_probabilities(params):
-        model = merge_params(TINY, params)
-        hidden, _ = noisy_hidden(model, batch, noised, block, ctx, clean_half=True)
-        return jax.nn.log_softmax(model.logits(hidden))
-
-    logp = np.asarray(log_probabilities(params))
-    want = sum(
-        logp[row, list(s), tokens[list(s)]].sum() / len(s) / np.sum(masks.sum(1) == len(s))
-        for row, s in enumerate(subsets)
-    )
-
-    many = make_batch(
-        np.tile(tokens, (rows, 1)), document_ids=np.tile(np.arange(rows)[:, None], (1, n))
-    )
-    values = np.asarray(bounds_of(params, many, ctx), np.float64).sum(1)
+    ids = np.tile(np.arange(rows)[:, None], (1, n))
+    many = make_batch(np.tile(TEXT, (rows, 1)), document_ids=ids)
+    noised = draws(many, jnp.zeros((rows, n), jnp.int32), context(NoiseConfig(**noise), **dpo))
+    weight = np.asarray(noised.weight, np.float64)
+    values = (weight * log_probabilities[number(noised.noise_mask)]).sum(1)
+    values = values.reshape(rows, -1).mean(1)
     assert abs(values.mean() - want) < 5 * values.std() / np.sqrt(rows)
 
 
 def test_gradient_depends_neither_on_packing_nor_on_accumulation(params, others):
     ctx = context(samples=2)
-    state = init_state(TrainConfig().of_step, params)
+    trained, buffers = nnx.split_state(params, nnx.Param, ...)
     gradients = []
     for rows, n in (([[0, 2], [1]], 1), ([[1, 2], [0]], 1), ([[2, 0], [1]], 2)):
         batch = batch_of(*rows)
         batch = referred(others, batch, ctx)
-        gradients.append(gradient("dpo", TINY, state.params, state.buffers, batch, ctx, n)[0])
+        gradients.append(gradient("dpo", ONE_LAYER, trained, buffers, batch, ctx, n)[0])
     for other in gradients[1:]:
         for a, b in zip(*map(jax.tree.leaves, (gradients[0], other)), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4)
@@ -177,7 +192,7 @@ def test_both_texts_and_every_visit_share_the_noise(params):
     batch, ctx = make_pairs([same, same]), context()
     batch = dataclasses.replace(batch, visits=batch.visits.at[1].set(4))
     block = block_index(batch.positions, BLOCK, "document")
-    mask = np.asarray(jax.jit(_draws)(batch, block, ctx).noise_mask).reshape(2, 2, 8)
+    mask = np.asarray(draws(batch, block, ctx).noise_mask).reshape(2, 2, 8)
     assert mask.any() and (mask == mask[0, 0]).all()
 
 
@@ -196,7 +211,7 @@ def test_mirrored_draws_mask_what_was_left_and_one_more():
 
 
 def test_rows_without_pairs_or_bounds_are_refused(params):
-    model, batch = merge_params(TINY, params), batch_of([0])
+    model, batch = merge_params(ONE_LAYER, params), batch_of([0])
     for field, what in (("preference", "preference pairs"), ("reference", "the reference's")):
         with pytest.raises(ValueError, match=f"hold no {what}"):
             OBJECTIVES["dpo"](model, dataclasses.replace(batch, **{field: None}), context())
@@ -209,6 +224,6 @@ def test_a_reference_on_the_host_gives_the_same_bounds(params):
     host = jax.tree.map(
         lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), params
     )
-    far = make_reference_step(TINY, 2)(host, batch, ctx)
+    far = make_reference_step(ONE_LAYER, 2)(host, batch, ctx)
     np.testing.assert_allclose(near, far, atol=1e-5)
     assert far.sharding.memory_kind == "device"
