@@ -23,23 +23,25 @@ def noise(batch, size, anchor="document", **changes):
 
 
 def many_rows(rows=4000, length=8, **kwargs):
-    """The same tokens as so many documents: independent draws of the noise."""
+    """The same tokens as so many documents: independent draws of the noise. Their number is the
+    same nearly everywhere: operations are compiled once a shape."""
     ids = np.broadcast_to(np.arange(rows)[:, None], (rows, length))
     return make_batch(np.ones((rows, length)), document_ids=ids, **kwargs)
 
 
 def test_noise_does_not_depend_on_packing():
-    long = make_batch([[1] * 12], document_ids=[[7] * 12])
-    tokens, segments = [[2] * 4 + [1] * 12], [[1] * 4 + [2] * 12]
-    packed = make_batch(tokens, segments, document_ids=[[5] * 4 + [7] * 12])
-    alone, behind = noise(long, 4)[0], noise(packed, 4)[0]
-    assert np.array_equal(alone.noise_mask[0], behind.noise_mask[0, 4:])
-    assert np.array_equal(alone.weight[0], behind.weight[0, 4:])
+    first, last = [[1] * 6 + [0] * 2], [[1] * 2 + [2] * 6]
+    long = make_batch(np.ones((1, 8)), first, document_ids=[[7] * 6 + [0] * 2])
+    packed = make_batch(np.ones((1, 8)), last, document_ids=[[5] * 2 + [7] * 6])
+    for size in (1, 2, 3, 6):
+        alone, behind = noise(long, size)[0], noise(packed, size)[0]
+        assert np.array_equal(alone.noise_mask[0, :6], behind.noise_mask[0, 2:])
+        assert np.array_equal(alone.weight[0, :6], behind.weight[0, 2:])
 
 
 @pytest.mark.parametrize("field", ["document_ids", "visits"])
 def test_another_document_or_visit_has_other_noise(field):
-    batch = many_rows(64)
+    batch = many_rows()
     other = dataclasses.replace(batch, **{field: getattr(batch, field) + 100})
     masks = noise(batch, 4)[0].noise_mask, noise(other, 4)[0].noise_mask
     assert not np.array_equal(*masks)
@@ -47,7 +49,7 @@ def test_another_document_or_visit_has_other_noise(field):
 
 def test_a_document_split_over_rows_keeps_drawing():
     """Blocks of the second fragment are not those of the first again."""
-    batch = many_rows(256)
+    batch = many_rows()
     later = dataclasses.replace(batch, document_positions=batch.document_positions + 8)
     assert not np.array_equal(noise(batch, 4)[0].noise_mask, noise(later, 4)[0].noise_mask)
 
@@ -92,7 +94,7 @@ def test_count_draw_masks_at_least_one_token_a_group_and_only_supervised_ones(
 
 
 def test_block_size_one_masks_everything_with_weight_one():
-    out = noise(many_rows(16), 1)[0]
+    out = noise(many_rows(), 1)[0]
     assert out.noise_mask.all() and (np.asarray(out.weight) == 1).all()
 
 
@@ -106,12 +108,10 @@ def test_every_number_of_masks_is_as_likely(low_discrepancy):
 
 
 def test_low_discrepancy_spreads_the_rates_of_a_document():
-    """16 consecutive blocks of one document: no quarter of the rates is left out."""
-    batch = make_batch(np.ones((50, 64)), document_ids=np.arange(50)[:, None] * np.ones((1, 64)))
-    out = noise(batch, 4, draw="bernoulli", t_min=0.0)[0]
-    rates = np.asarray(out.rate)[:, ::4]
+    """8 consecutive blocks of one document: no quarter of the rates is left out."""
+    rates = np.asarray(noise(many_rows(), 1, draw="bernoulli", t_min=0.0)[0].rate)
     quarters = np.stack([(rates >= q / 4) & (rates < (q + 1) / 4) for q in range(4)]).sum(-1)
-    assert quarters.min() >= 3 and quarters.max() <= 5
+    assert quarters.min() >= 1 and quarters.max() <= 3
 
 
 @pytest.mark.parametrize("draw", ["count", "bernoulli"])
@@ -132,7 +132,7 @@ def test_weights_are_unbiased_for_a_cost_of_one_a_token(draw, complementary, gro
     t_min, t_max = (0.2, 0.7) if draw == "bernoulli" else (NoiseConfig.t_min, 1.0)
     want = t_max - t_min if draw == "bernoulli" else 1.0
     members = noise(
-        many_rows(20000),
+        many_rows(),
         4,
         draw=draw,
         complementary=complementary,
@@ -147,12 +147,12 @@ def test_weights_are_unbiased_for_a_cost_of_one_a_token(draw, complementary, gro
 
 
 def test_flat_weights_are_one():
-    out = noise(many_rows(64), 4, weight="flat")[0]
+    out = noise(many_rows(), 4, weight="flat")[0]
     assert set(np.unique(np.asarray(out.weight)[np.asarray(out.noise_mask)])) == {1.0}
 
 
 def test_embedding_noise_only_where_masked_and_only_while_on():
-    batch = many_rows(512)
+    batch = many_rows()
     mask = noise(batch, 4)[0].noise_mask
     drawn = np.asarray(embedding_noise(batch, mask, 16, jnp.float32(0.5), 0))
     assert not drawn[~np.asarray(mask)].any()
