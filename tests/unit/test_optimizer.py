@@ -1,6 +1,7 @@
 """What each precision of parameters and moments keeps of fp32 Adam, and what it loses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import pytest
 from flax import nnx
 
 from llada2_jax import optimizer
-from llada2_jax.config import ConfigError, TrainConfig, default_config, model_dict
+from llada2_jax.config import ConfigError, StepConfig, TrainConfig, default_config, model_dict
 from llada2_jax.config_check import validate
 from llada2_jax.model import build
 from llada2_jax.train_step import accumulated, init_state, make_context, reset_moments
-from tests.helpers import TINY, config, make_batch
+from tests.helpers import ONE_LAYER, TINY, make_batch
 
 STEPS = 50
 
@@ -37,23 +38,30 @@ def tree(kernel, ndim=2):
     return nnx.State({"kernel": nnx.Param(jnp.asarray(kernel), logical_axes=(None,) * ndim)})
 
 
-def trained(cfg: TrainConfig, params, gradients, start=0, state=None, applied=True):
-    """(parameters, optimizer state) after one step for each gradient."""
+@functools.cache
+def step_of(cfg: StepConfig):
+    """The jitted step; gradients are given as sums of weight 3."""
 
     @jax.jit
-    def step(params, state, gradient, number):
+    def step(params, state, gradient, number, applied):
         norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
         return optimizer.take_step(
-            *(cfg.of_step, params, jax.tree.map(lambda g: 3 * g, gradient), state),
+            *(cfg, params, jax.tree.map(lambda g: 3 * g, gradient), state),
             weight=jnp.float32(3),
             norm=norm,
             step=number,
-            applied=jnp.bool_(applied),
+            applied=applied,
         )
 
+    return step
+
+
+def trained(cfg: TrainConfig, params, gradients, start=0, state=None, applied=True):
+    """(parameters, optimizer state) after one step for each gradient."""
+    step = step_of(cfg.of_step)
     state = optimizer.make_optimizer(cfg.of_step).init(params) if state is None else state
     for number, gradient in enumerate(gradients, start):
-        params, state = step(params, state, gradient, jnp.int32(number))
+        params, state = step(params, state, gradient, np.int32(number), np.bool_(applied))
     return params, state
 
 
@@ -203,7 +211,7 @@ def test_forgotten_moments_are_zero():
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32():
-    cfg, model = run_config("bfloat16"), config(param_dtype="bfloat16")
+    cfg, model = run_config("bfloat16"), dataclasses.replace(ONE_LAYER, param_dtype="bfloat16")
     params, buffers = nnx.split_state(build(model)[1], nnx.Param, ...)
     batch, context = make_batch(np.zeros((4, 8), int)), make_context(cfg, 1, 15)
 
