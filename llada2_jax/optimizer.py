@@ -78,8 +78,9 @@ def take_step(
     for number, name in enumerate(sorted(params)):
         state, key = (params, opt_state), jax.random.fold_in(_rounding_key(cfg, step), number)
         parts.append(_in_layers(update, _part(state, name), _part(grads, name), key))
+    empty = nnx.State({})  # so that one part alone is merged too: its inner states become dicts
     return jax.tree.map(
-        lambda *nodes: nnx.merge_state(*nodes) if _is_state(nodes[0]) else nodes[0],
+        lambda *nodes: nnx.merge_state(empty, *nodes) if _is_state(nodes[0]) else nodes[0],
         *parts,
         is_leaf=_is_state,
     )
