@@ -40,41 +40,58 @@ def test_without_documents_all_devices_have_equal_pairs(halves):
     assert found.shape == (2,) and (found >= 1).all() and found.max() > 1.01
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference", "tpu", "triton"])
-def test_attention_of_a_part_of_the_queries(backend):
-    """The parts make up the whole, forward and backward; padding's NaN goes nowhere."""
+@pytest.fixture(scope="module")
+def whole():
+    """A layout, what attention takes, a cotangent; the output of all queries, and its gradients."""
     layout = packed_layout(np.random.default_rng(1), 2, 128, 40, block_size=8, padding=5)
     layout = jax.tree.map(jnp.asarray, layout)
     rng = np.random.default_rng(2)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 256, n, 16)), jnp.float32) for n in (2, 1, 1))
+    heads = {"q": 2, "k": 1, "v": 1, "cotangent": 2}
+    *qkv, cotangent = (
+        jnp.asarray(rng.normal(size=(2, 256, n, 16)), jnp.float32) for n in heads.values()
+    )
+
+    @jax.jit
+    def attend(q, k, v):
+        def output(q, k, v):
+            return block_attention(q, [(k, v, layout)], layout, backend="xla")
+
+        out, pull = jax.vjp(output, q, k, v)
+        return out, pull(cotangent)
+
+    return layout, qkv, cotangent, *attend(*qkv)
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference", "tpu", "triton"])
+def test_attention_of_a_part_of_the_queries(whole, backend):
+    """The parts make up the whole, forward and backward; padding's NaN goes nowhere."""
+    layout, (q, k, v), cotangent, out, gradients = whole
+    real = np.asarray(layout.segment != PADDING)
     if backend != "reference":
-        real = (layout.segment != PADDING)[:, :, None, None]
-        k, v = jnp.where(real, k, jnp.nan), jnp.where(real, v, jnp.nan)
+        k, v = (jnp.where(real[:, :, None, None], x, jnp.nan) for x in (k, v))
 
     def part(q, k, v, at):
         spans = tuple((half, n // 4) for half, n in layout.spans)
         queries = BlockLayout(layout.block[:, at], layout.segment[:, at], spans)
         if backend == "tpu":
             intervals = key_intervals(layout).at(at)
-            some = layout.segment != PADDING
-            return attend_tpu(q[:, at], k, v, intervals, real=some, interpret=True)
+            return attend_tpu(q[:, at], k, v, intervals, real=jnp.asarray(real), interpret=True)
         if backend == "triton":
             intervals = key_intervals(layout).at(at)
             return attend_gpu(q[:, at], k, v, intervals, implementation="triton", interpret=True)
         return block_attention(q[:, at], [(k, v, layout)], queries, at=at, backend=backend)
 
-    def whole(q, k, v):
-        return block_attention(q, [(k, v, layout)], layout, backend="xla")
+    @jax.jit
+    def attend(at):
+        mine, pull = jax.vjp(lambda *x: part(*x, at), q, k, v)
+        return mine, pull(cotangent[:, at])
 
-    parts = [jnp.asarray(at) for at in zigzag(layout.spans, 4)]
-    out, pull = jax.vjp(whole, q, k, v)
-    cotangent = jnp.asarray(rng.normal(size=out.shape), jnp.float32)
-    total = [jnp.zeros_like(x) for x in (q, k, v)]
-    for at in parts:
-        mine, pull_part = jax.vjp(lambda *x, at=at: part(*x, at), q, k, v)
+    total = [0.0, 0.0, 0.0]
+    for at in zigzag(layout.spans, 4):
+        mine, pulled = attend(at)
         np.testing.assert_allclose(mine, out[:, at], atol=2e-5)
-        total = [a + b for a, b in zip(total, pull_part(cotangent[:, at]), strict=True)]
-    for mine, wanted in zip(total, pull(cotangent), strict=True):
+        total = [a + np.asarray(b) for a, b in zip(total, pulled, strict=True)]
+    for mine, wanted in zip(total, gradients, strict=True):
         np.testing.assert_allclose(mine, wanted, atol=1e-4)
 
 
