@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import zipfile
 import zlib
@@ -25,7 +26,7 @@ from llada2_jax.errors import EXIT_STATUS, UserError
 from llada2_jax.hub import load_model
 from llada2_jax.model import merge_params
 from llada2_jax.sampler import SamplerOptions, generate_tokens
-from llada2_jax.types import SpecialTokens
+from llada2_jax.types import ModelConfig, Params, SpecialTokens
 from pallas_kernels.block_layout import (
     CLEAN,
     NOISY,
@@ -168,7 +169,7 @@ def _logits(bundle: ModelBundle, goldens: Goldens, case: str) -> Result:
     if ids.min() < 0 or ids.max() >= vocab:
         raise CheckpointError(f"{case}: an id lies outside the vocabulary of {vocab}")
     want = _number(goldens, f"{case}/logits").reshape(*ids.shape, -1)
-    got = np.asarray(_forward(bundle, ids, positions, layout))
+    got = np.asarray(_forward(bundle.config, bundle.params, ids, positions, layout))
     if got.shape != want.shape:
         raise CheckpointError(f"{case}/logits has shape {want.shape}, the model gives {got.shape}")
     difference = np.abs(got - want)
@@ -206,10 +207,11 @@ def _positions(ids: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(
-    bundle: ModelBundle, ids: jax.Array, positions: jax.Array, layout: BlockLayout
+    cfg: ModelConfig, params: Params, ids: jax.Array, positions: jax.Array, layout: BlockLayout
 ) -> jax.Array:
-    model = merge_params(bundle.config, bundle.params)
+    model = merge_params(cfg, params)
     return model.logits(model(ids, positions, layout).hidden)
 
 

@@ -14,9 +14,12 @@ import pyarrow.parquet
 import pytest
 from gcp_storage_emulator.server import create_server
 
+from llada2_jax import data_cli
 from llada2_jax.assets import TINY_AR
 from llada2_jax.data.prepared import PreparedDocuments
 from tests.data_helpers import texts, write_jsonl
+
+OPTIONS = ("--tokenizer", str(TINY_AR), "--validation-percent", "0", "--processes", "1")
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def upload(url: str, folder: Path) -> None:
         urllib.request.urlopen(request).close()
 
 
-def run(source: str, out: Path, url: str, *options: str) -> subprocess.CompletedProcess[str]:
+def run(source: str, out: Path, url: str) -> subprocess.CompletedProcess[str]:
     """`llada2 data prepare` in a process of its own, which takes the server for Google's."""
     env = os.environ | {
         "STORAGE_EMULATOR_HOST": url,
@@ -47,14 +50,10 @@ def run(source: str, out: Path, url: str, *options: str) -> subprocess.Completed
         "NO_GCE_CHECK": "true",
     }
     command = [sys.executable, "-m", "llada2_jax.cli", "data", "prepare", source, str(out)]
-    command += ["--tokenizer", str(TINY_AR), "--validation-percent", "0", "--processes", "1"]
-    return subprocess.run([*command, *options], env=env, capture_output=True, text=True)
+    return subprocess.run([*command, *OPTIONS], env=env, capture_output=True, text=True)
 
 
-def prepared(source: str, out: Path, url: str) -> list[list[int]]:
-    """The documents that are made of the source."""
-    done = run(source, out, url)
-    assert done.returncode == 0, done.stderr
+def documents_in(out: Path) -> list[list[int]]:
     documents = PreparedDocuments(out, "train")
     lengths = enumerate(documents.lengths)
     return sorted(documents.read(i, 0, int(n))[0].tolist() for i, n in lengths)
@@ -75,9 +74,11 @@ def test_a_bucket_is_read_as_a_folder_is(storage_url, tmp_path, form):
             write_jsonl(local / f"{i}.jsonl.gz", [{"text": text}])
     upload(storage_url, local.parent)
     source = "gs://corpus/code" + ("/*.gz" if form == "jsonl" else "")
-    expected = prepared(f"{local}", tmp_path / "expected", storage_url)
-    assert len(expected) == 6
-    assert prepared(source, tmp_path / "found", storage_url) == expected
+    assert data_cli.main(["prepare", str(local), str(tmp_path / "expected"), *OPTIONS]) == 0
+    done = run(source, tmp_path / "found", storage_url)
+    assert done.returncode == 0, done.stderr
+    expected = documents_in(tmp_path / "expected")
+    assert len(expected) == 6 and documents_in(tmp_path / "found") == expected
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

@@ -17,7 +17,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "tpu7x"])
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("tpu7x", marks=pytest.mark.slow)])
 def test_training_attention_compiles_in_linear_memory(chip):
     program, arguments = aot.training_attention(aot.attend_by_intervals, ATTENTION["mini"], 4096)
     compiled = aot.compile_for(aot.tpu_device(chip), program, *arguments)

@@ -18,11 +18,12 @@ def records(capsys, command: str) -> list[dict]:
 
 
 def test_pairs_reach_the_targets():
-    """What the issue of the kernels asks for, at the tiles that ship."""
-    measured = pairs.measure([4096], [32], list(pairs.TARGETS), anchor="document", rows=16)
+    """What the issue of the kernels asks for, at the tiles that ship, for mini's heads."""
+    measured = pairs.measure([4096], [32], list(pairs.TARGETS), anchor="document", rows=8)
     for record in measured:
         for backend in ("tpu", "mosaic", "triton"):
-            assert max(record[backend]) <= pairs.TARGETS[record["documents"]], record
+            least, most = min(record[backend]), max(record[backend])
+            assert 1 <= least <= most <= pairs.TARGETS[record["documents"]], record
 
 
 def test_pairs_of_dense_backends_are_known_exactly(capsys):
@@ -36,7 +37,7 @@ def test_pairs_of_dense_backends_are_known_exactly(capsys):
 
 def test_a_table_for_people(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    command = "pairs --lengths 256 --blocks 32 --documents none 64 --rows 1"
+    command = "pairs --lengths 512 --blocks 64 --documents none 64 --rows 2"
     main(command.split())
     printed = capsys.readouterr().out
     assert "documents" in printed and "jax splash" in printed and "To reach" in printed

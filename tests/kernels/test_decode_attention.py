@@ -138,22 +138,22 @@ def test_commit_and_denoise_match_the_uncached_oracle(backend, kind, lengths, pr
 
 
 @backends
-@kinds
-def test_one_noisy_block_in_bfloat16(backend, kind):
+def test_one_noisy_block_in_bfloat16(backend):
     present = [(1,), (1,), (0,)]
     q, k, v, own = tokens_under_way(0, present, dtype=jnp.bfloat16)
     cache = contiguous(5, [130, 0, 77], jnp.bfloat16)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     exact = ContiguousCache(cache.k.astype(jnp.float32), cache.v.astype(jnp.float32), cache.lengths)
     expected = uncached(*wide, own, exact)
-    got = decode(q, k, v, own, cache if kind == "contiguous" else paged(cache, 1), backend)
+    got = decode(q, k, v, own, cache, backend)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.03)
 
 
 @backends
 def test_a_repeated_call_gives_the_same_bits(backend):
-    arguments = *tokens_under_way(1, [(1,)] * ROWS), contiguous(4, [250, 3, 140])
+    under_way = tokens_under_way(1, [(1, 1)] * ROWS, (CLEAN, NOISY))
+    arguments = *under_way, contiguous(4, [250, 3, 140])
     first, second = (np.asarray(decode(*arguments, backend)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
@@ -216,7 +216,8 @@ def test_a_model_that_trains_on_a_backend_without_decoding_decodes_by_auto():
 
 
 def test_auto_is_xla_on_a_cpu():
-    arguments = *tokens_under_way(1, [(1,)] * ROWS), contiguous(4, [250, 3, 140])
+    under_way = tokens_under_way(1, [(1, 1)] * ROWS, (CLEAN, NOISY))
+    arguments = *under_way, contiguous(4, [250, 3, 140])
     if jax.default_backend() == "cpu":
         auto, xla_ = (decode(*arguments, backend) for backend in ("auto", "xla"))
         np.testing.assert_array_equal(auto, xla_)
@@ -229,10 +230,16 @@ def on_tpu(monkeypatch):
     monkeypatch.setattr(mechanism, "_chosen", {})
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "paged"])
 @pytest.mark.parametrize(
-    "fault, chosen",
-    [(None, "tpu"), ("raises", "xla"), ("wrong", "xla"), ("nan", "xla"), ("capacity", "xla")],
+    "kind, fault, chosen",
+    [
+        ("contiguous", None, "tpu"),
+        ("contiguous", "raises", "xla"),
+        ("contiguous", "nan", "xla"),
+        ("contiguous", "capacity", "xla"),
+        ("paged", None, "tpu"),
+        ("paged", "wrong", "xla"),
+    ],
 )
 def test_auto_takes_a_kernel_that_proves_itself(on_tpu, caplog, kind, fault, chosen):
     q, k, v, own = tokens_under_way(1, [(1,)] * ROWS)
@@ -251,15 +258,6 @@ def test_auto_takes_a_kernel_that_proves_itself(on_tpu, caplog, kind, fault, cho
 
     assert selection.select(attend, q, k, v, own, cache) == chosen
     assert ("'tpu' is not used" in caplog.text) == (chosen == "xla")
-
-
-@pytest.mark.parametrize("kind", ["contiguous", "paged"])
-def test_the_self_check_passes_a_right_backend(kind):
-    arguments = *tokens_under_way(1, [(1,)] * ROWS), contiguous(4, [250, 3, 140])
-    if kind == "paged":
-        arguments = *arguments[:4], paged(arguments[4], 0)
-    device = jax.local_devices()[0]
-    assert selection.self_check(decode_attention, "xla", device, *arguments) is None
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

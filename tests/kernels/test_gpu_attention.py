@@ -56,7 +56,7 @@ def small_tiles(q, k, v, layout):
     return attend_gpu(q, k, v, intervals, implementation="triton", tiles=SMALL, interpret=True)
 
 
-@pytest.mark.parametrize("heads", [6, 3])
+@pytest.mark.parametrize("heads", [6, pytest.param(3, marks=pytest.mark.slow)])
 def test_triton_takes_groups_that_are_no_power_of_two(heads):
     layout = packed_layout(np.random.default_rng(0), 1, 48, "straddling", block_size=4)
     rng = np.random.default_rng(1)
@@ -118,11 +118,10 @@ class TestMosaic(AttentionContract):
     cases = (
         # Three query tiles and two key tiles; the gradients of k and v cut a group in two parts.
         Case("four", "both", "bfloat16", 8, "straddling", "document", 9),
-        Case("wide", "both", "bfloat16", 32, "many_tiny", "row", 0),
-        Case("pair", "clean", "float16", 1, "none", "document", 0),
-        Case("pair", "noisy", "bfloat16", "row", "aligned", "document", 9),
+        Case("wide", "clean", "float16", 1, "many_tiny", "document", 0),
+        Case("pair", "noisy", "bfloat16", "row", "none", "row", 9),
     )
-    shape, dtype, length, examples = "pair", "bfloat16", 40, 4
+    shape, dtype, length, examples = "pair", "bfloat16", 40, 2
 
     @pytest.fixture(autouse=True)
     def _several_parts(self, monkeypatch):
@@ -161,7 +160,7 @@ def test_lowers_for_hopper(implementation, shape):
 
 LENGTH = 48
 rows = st.tuples(any_row(LENGTH), st.integers(1, LENGTH), st.sampled_from(["document", "row"]))
-tile_sizes = st.sampled_from([(8, 16), (16, 8), (32, 32)])
+tile_sizes = st.sampled_from([(8, 16), (16, 8)])
 
 
 def layout_of(row):
@@ -232,10 +231,9 @@ def test_keys_seen_are_those_of_the_rule(row):
 
 
 @pytest.mark.parametrize("documents, most", TARGETS.items())
-@pytest.mark.parametrize("shape", ["mini", "flash"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_work_is_in_proportion_to_what_is_allowed(implementation, shape, documents, most):
-    heads = ATTENTION[shape]
+def test_work_is_in_proportion_to_what_is_allowed(documents, most):
+    """With flash's heads, for which Triton's tiles are others; test_bench.py has mini's."""
+    heads = ATTENTION["flash"]
     q, k = (
         jax.ShapeDtypeStruct((8, 8192, n, heads.head_dim), jnp.bfloat16)
         for n in (heads.heads, heads.kv_heads)
@@ -243,7 +241,7 @@ def test_work_is_in_proportion_to_what_is_allowed(implementation, shape, documen
     layout = packed_layout(np.random.default_rng(0), 8, 4096, documents, block_size=32)
     intervals = key_intervals(layout)
     ideal = intervals.pairs()
-    for pairs in computed_pairs(intervals, 8192, default_tiles(implementation, q, k)):
+    for pairs in computed_pairs(intervals, 8192, default_tiles("triton", q, k)):
         assert 1.0 <= pairs / ideal <= most
 
 

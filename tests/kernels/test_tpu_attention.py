@@ -155,10 +155,10 @@ def test_visits_are_the_tiles_with_work(work):
         assert (np.asarray(tiles_in_order)[int(count) :] == tiles_in_order[int(count) - 1]).all()
 
 
-@pytest.mark.parametrize("anchor", ["document", "row"])
 @pytest.mark.parametrize(("documents", "most"), TARGETS.items())
-def test_computed_pairs_stay_near_the_ideal(documents, most, anchor):
-    layout = rows(documents, length=4096, count=32, anchor=anchor)
+def test_computed_pairs_stay_near_the_ideal(documents, most):
+    """Of blocks anchored to the row; test_bench.py has those anchored to documents."""
+    layout = rows(documents, length=4096, count=8, anchor="row")
     intervals = key_intervals(layout)
     ideal = intervals.pairs()
     for pairs in computed_pairs(intervals, 8192):
@@ -220,7 +220,7 @@ def test_bad_inputs_are_named():
 
 def test_under_shard_map():
     """As the model calls it: a mesh, the batch cut over it."""
-    layout = rows("straddling", length=100)
+    layout = rows("straddling", length=300)
     inputs = draw_inputs(layout, "tiny", "float32")
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     cut = jax.sharding.PartitionSpec("data")

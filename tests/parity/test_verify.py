@@ -1,5 +1,7 @@
 """`llada2 verify` passes on the released model's numbers, and on nothing that differs from them."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -20,12 +22,24 @@ CASES = [
 ]
 
 
-def test_golden_folders_pass(golden_checkpoint, capsys):
-    assert cli.main(["verify", str(golden_checkpoint)]) == 0
+@pytest.mark.parametrize(
+    "name", ["llada2_tiny", pytest.param("llada2_tiny_yarn", marks=pytest.mark.slow)]
+)
+def test_golden_folders_pass(shared_goldens, name, capsys):
+    assert cli.main(["verify", str(shared_goldens / name)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "case" and "denoising forwards equal" in lines[0]
     assert [line.split()[0] for line in lines[1:-1]] == CASES
     assert lines[-1].startswith("all 18 cases passed")
+
+
+def test_yarn_passes(tmp_path, shared_goldens):
+    """All logits, and the generations that are longer than the positions that YaRN stretches."""
+    source = shared_goldens / "llada2_tiny_yarn"
+    cases = (*CASES[:6], "gen3", "gen4", "eos3", "eos4")
+    results = verify(source, goldens_with(tmp_path, source, lambda g: None, cases))
+    assert [result.case for result in results] == [*cases]
+    assert all(result.passed for result in results), results
 
 
 def test_a_converted_checkpoint_passes(tmp_path, shared_goldens):
@@ -48,10 +62,15 @@ def goldens_with(tmp_path: Path, source: Path, change, cases=("full", "bd8", "ge
     return tmp_path / "goldens.npz"
 
 
-def failing(checkpoint: Path, goldens: Path) -> list[str]:
-    """The cases that fail, through the command's exit status and through the library."""
-    assert cli.main(["verify", str(checkpoint), "--goldens", str(goldens)]) == 1
-    return [result.case for result in verify(checkpoint, goldens) if not result.passed]
+def failing(checkpoint: Path, goldens: Path) -> dict[str, str]:
+    """The cases that fail, and what differs, by the command, whose exit status is 1."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert cli.main(["verify", str(checkpoint), "--goldens", str(goldens)]) == 1
+    *rows, last = out.getvalue().splitlines()
+    problems = {row.split()[0]: row.split("FAILED: ")[1] for row in rows if "FAILED: " in row}
+    assert last.endswith(f"cases FAILED: {', '.join(problems)}")
+    return problems
 
 
 @pytest.fixture
@@ -99,13 +118,13 @@ def test_one_weight(tmp_path, tiny, weight):
 
 def test_one_logit(tmp_path, tiny):
     goldens = goldens_with(tmp_path, tiny, add("bd8/logits", (150, 7), 3 * TOLERANCE))
-    assert failing(tiny, goldens) == ["bd8"]
+    assert [*failing(tiny, goldens)] == ["bd8"]
 
 
-def test_a_logit_that_is_not_a_number(tmp_path, tiny, capsys):
+def test_a_logit_that_is_not_a_number(tmp_path, tiny):
     goldens = goldens_with(tmp_path, tiny, add("full/logits", (1, 95, 3), np.nan))
-    assert failing(tiny, goldens) == ["full"]
-    assert "row 1, position 95, token 3" in capsys.readouterr().out
+    ((case, problem),) = failing(tiny, goldens).items()
+    assert case == "full" and "row 1, position 95, token 3" in problem
 
 
 @pytest.mark.parametrize(
@@ -122,17 +141,17 @@ def test_a_logit_that_is_not_a_number(tmp_path, tiny, capsys):
 def test_one_id(tmp_path, tiny, name, index):
     step = -1 if name.endswith("_ids") and "segment" not in name else 9
     goldens = goldens_with(tmp_path, tiny, add(name, index, step))
-    assert failing(tiny, goldens) == [name.split("/")[0]]
+    assert [*failing(tiny, goldens)] == [name.split("/")[0]]
 
 
 @pytest.mark.parametrize("change", [add("gen2/forward_calls", (), 1), add("gen2/params", 3, 0.5)])
 def test_one_count_or_parameter_of_a_generation(tmp_path, tiny, change):
-    assert failing(tiny, goldens_with(tmp_path, tiny, change)) == ["gen2"]
+    assert [*failing(tiny, goldens_with(tmp_path, tiny, change))] == ["gen2"]
 
 
 def test_another_mask(tmp_path, tiny):
     goldens = goldens_with(tmp_path, tiny, add("mask_token_id", (), -1))
-    assert failing(tiny, goldens) == ["gen2"]
+    assert [*failing(tiny, goldens)] == ["gen2"]
 
 
 # ---- what cannot be verified ---------------------------------------------------------------------
