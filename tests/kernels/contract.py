@@ -44,7 +44,7 @@ SHAPES = {
     "mini": (ATTENTION["mini"], ROWS, 160),
     "flash": (ATTENTION["flash"], ROWS, 160),
     # For kernels that take these head sizes only, and minutes for more heads.
-    "pair": (AttentionShape(heads=2, kv_heads=1, head_dim=64), ROWS, 70),
+    "pair": (AttentionShape(heads=2, kv_heads=1, head_dim=64), 1, 70),
     "four": (AttentionShape(heads=4, kv_heads=1, head_dim=64), 1, 70),
     "wide": (AttentionShape(heads=4, kv_heads=2, head_dim=128), 1, 40),
 }
