@@ -62,9 +62,10 @@ def tree_checksums(leaves: Mapping[str, Array]) -> dict[str, UInt32[Array, ""]]:
 
 
 def box_checksum(value: np.ndarray, box: tuple[slice, ...]) -> int:
-    """The share of a slice that is in host memory, computed on the host's CPU."""
+    """The share of a slice that is in host memory, computed on the host's CPU. box: () is all."""
+    start = [axis.start or 0 for axis in box] or [0] * value.ndim
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return int(_box_checksum(value, [np.uint32(axis.start or 0) for axis in box]))
+        return int(_box_checksum(value, [np.uint32(first) for first in start]))
 
 
 _box_checksum = jax.jit(checksum)

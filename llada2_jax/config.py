@@ -304,6 +304,13 @@ class SpikeConfig:
     window: int = 128
     max_rollbacks: int = 10
 
+    @property
+    def of_step(self) -> SpikeConfig:
+        """As the step takes it, which leaves out what it does not heed: see StepConfig."""
+        policies = ("non_finite", "loss", "grad_norm", "expert_overflow")
+        heeded = {p: "ignore" if getattr(self, p) == "ignore" else "skip" for p in policies}
+        return dataclasses.replace(self, max_rollbacks=0, **heeded)
+
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
@@ -357,7 +364,8 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
     """What a compiled training step takes from its run's config: runs that agree in it share one.
-    total_steps: of the run, which the learning rate goes by."""
+    total_steps: of the run, which the learning rate goes by. spikes: whether events are heeded
+    ("skip") or not ("ignore"); what the host does about them is none of the step's business."""
 
     optimizer: OptimizerConfig
     spikes: SpikeConfig
@@ -422,7 +430,7 @@ class TrainConfig:
 
     @property
     def of_step(self) -> StepConfig:
-        return StepConfig(self.optimizer, self.spikes, self.total_steps, self.seed)
+        return StepConfig(self.optimizer, self.spikes.of_step, self.total_steps, self.seed)
 
     def phase_at(self, step: int) -> tuple[int, Phase]:
         """Index and config of the phase that step `step` (from 0) belongs to; the last beyond."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from llada2_jax import progress, quickstart_report
@@ -35,6 +36,7 @@ from llada2_jax.merge import merge_checkpoints, select_best
 from llada2_jax.metrics import read_metrics
 from llada2_jax.plan import planned_model
 from llada2_jax.sampler import compile_count, tokens_per_forward
+from llada2_jax.sharding import make_mesh, shardings
 from llada2_jax.train import saves_after, train
 from llada2_jax.train_step import make_eval_step
 from llada2_jax.types import Batch
@@ -59,8 +61,6 @@ class ReportConfig:
     speed_tokens: int
 
 
-ROWS = 8
-"""Validation rows that are scored together."""
 SPEED_PROMPT = 32
 """Tokens of the speed test's prompt."""
 
@@ -133,11 +133,12 @@ def read_config(config: Any) -> tuple[TrainConfig, TrainConfig, ReportConfig]:
 
 def _check_report(report: ReportConfig, conversion: TrainConfig, positions: int) -> None:
     """positions: tokens of the longest text that the model takes."""
+    rows = _rows_together(conversion)
     row, sizes, thresholds = conversion.data.row_length, report.block_sizes, report.thresholds
     numbers = {name: n for name, n in dataclasses.asdict(report).items() if isinstance(n, int)}
     for name, good, rule in (
         *((name, number >= 1, "at least 1") for name, number in numbers.items()),
-        ("eval_rows", report.eval_rows % ROWS == 0, f"a multiple of {ROWS}"),
+        ("eval_rows", report.eval_rows % rows == 0, f"a multiple of {rows}, a forward's rows"),
         ("exact_rows", report.exact_rows <= report.eval_rows, "at most config.report.eval_rows"),
         (
             "block_sizes",
@@ -177,9 +178,14 @@ def _check_merge(conversion: TrainConfig, top_k: int) -> None:
         )
 
 
+def _rows_together(cfg: TrainConfig) -> int:
+    """Rows that are scored together: as many as in training, whose programs serve again."""
+    return cfg.data.rows_per_step // cfg.optimizer.accumulate
+
+
 def _validation_rows(corpus: Corpus, cfg: TrainConfig, report: ReportConfig) -> list[Batch]:
     try:
-        return corpus.validation_batches(cfg.data, report.eval_rows, ROWS)
+        return corpus.validation_batches(cfg.data, report.eval_rows, _rows_together(cfg))
     except ValueError as error:
         raise ConfigError(f"config.report.eval_rows: {error}") from error
 
@@ -264,14 +270,15 @@ def _measure_likelihood(
 ) -> None:
     """Bits per byte on the same validation bytes: AR, and the diffusion models by block size."""
     target = conversion.phases[-1].block_size  # that it decodes with
-    steps: dict[str, Callable] = {}
+    mesh = make_mesh(conversion.mesh)
 
     def score(bundle: ModelBundle, objective: str, block_size: int) -> RowScores:
         contexts = validation_contexts(
             block_size, bundle.special.mask, 1 if objective == "ar" else report.eval_samples
         )
-        step = steps.setdefault(objective, make_eval_step(bundle.config, objective))
-        return score_rows(step, bundle.params, batches, contexts, corpus.token_bytes)
+        step = make_eval_step(bundle.config, objective, mesh)
+        params = jax.device_put(bundle.params, shardings(bundle.params, mesh))
+        return score_rows(step, params, batches, contexts, corpus.token_bytes)
 
     parent = load_model(conversion.init.checkpoint, dtype=best.config.dtype, param_dtype="float32")
     sizes = report.block_sizes
@@ -297,7 +304,7 @@ def _measure_likelihood(
         for column, rows in scores["merged"].items()
     }
     rows = jax.tree.map(lambda *parts: np.concatenate(parts)[: report.exact_rows], *batches)
-    results["exact_check"] = _exact_check(merged, rows)
+    results["exact_check"] = _exact_check(merged, rows, mesh)
     print(f"bound at block size 1 against the left-to-right chain: {results['exact_check']}")
 
 
@@ -306,7 +313,7 @@ def _difference(a: RowScores, b: RowScores) -> dict[str, float]:
     return {"bits_per_byte": bits, "stderr": error}
 
 
-def _exact_check(bundle: ModelBundle, batch: Batch) -> dict[str, float]:
+def _exact_check(bundle: ModelBundle, batch: Batch, mesh: Mesh) -> dict[str, float]:
     """The bound at block size 1 against the exact chain through the decoding path, in fp32.
 
     Only the first document of each row is compared: the chain takes one document a row.
@@ -319,7 +326,8 @@ def _exact_check(bundle: ModelBundle, batch: Batch) -> dict[str, float]:
     )
     cfg = dataclasses.replace(bundle.config, dtype="float32")
     context = validation_contexts(1, bundle.special.mask, 1)[0]
-    bound = np.asarray(make_eval_step(cfg, "bdlm")(bundle.params, batch, context).nll)
+    params = jax.device_put(bundle.params, shardings(bundle.params, mesh))
+    bound = np.asarray(make_eval_step(cfg, "bdlm", mesh)(params, batch, context).nll)
     mask_id = bundle.special.mask
     chain = jax.jit(lambda p: left_to_right_nll(cfg, p, batch, mask_id))(bundle.params)
     return {

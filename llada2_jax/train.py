@@ -120,10 +120,7 @@ class Run:
         if objective != "ar" and target:
             objective, block_size = "bdlm", target
         if objective not in self.evals:
-            step = make_eval_step(self.bundle.config, objective, self.mesh)
-            self.evals[objective] = lambda params, batch, context: step(
-                params, place_batch(batch, self.mesh), context
-            )
+            self.evals[objective] = make_eval_step(self.bundle.config, objective, self.mesh)
         rows = self.evals[objective], self.state.model_params, self.validation
         mask = self.bundle.special.mask
         if objective == "dpo":

@@ -27,6 +27,7 @@ from llada2_jax.sharding import (
     in_host_memory,
     keep_stored,
     meshed,
+    place_batch,
     replicated,
     shardings,
     single_device_mesh,
@@ -108,7 +109,8 @@ def _optimizer_shardings(cfg: StepConfig, opt_state: optax.OptState, mesh: Mesh)
 
 def begin_phase(cfg: StepConfig, state: TrainState) -> TrainState:
     """What does not carry over from one objective or block size to the next."""
-    state = dataclasses.replace(state, watch=fresh_watch())
+    placed = jax.tree.map(lambda x: x.sharding, state.watch)
+    state = dataclasses.replace(state, watch=jax.device_put(fresh_watch(), placed))
     return reset_moments(state) if cfg.optimizer.reset_each_phase else state
 
 
@@ -120,7 +122,7 @@ def roll_back(state: TrainState, to: TrainState) -> TrainState:
         opt_state=_at_step(to.opt_state, state.step + 0),  # a copy: the state is donated
         skipped=to.skipped + state.step - to.step,
         rollbacks=state.rollbacks + 1,
-        skipped_in_a_row=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=_zeros_in_place_of(state.skipped_in_a_row),
     )
 
 
@@ -148,6 +150,7 @@ def reset_moments(state: TrainState) -> TrainState:
 
 
 def _zeros_in_place_of(x):
+    # Placed as the old ones: a step compiles anew for arrays that lie elsewhere.
     return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
 
 
@@ -352,8 +355,9 @@ def _router_z(load: ExpertLoad, model_cfg: ModelConfig) -> Float[Array, ""]:
 def make_eval_step(
     model_cfg: ModelConfig, objective: str, mesh: Mesh | None = None
 ) -> Callable[[Params, Batch, Context], LossOutput]:
-    """The objective without a gradient; its results are on every device of the mesh (default: the
-    device of the parameters). Experts have room for the worst case: there is no step to refuse."""
+    """The objective without a gradient. Experts have room for the worst case: there is no step to
+    refuse. On a mesh it takes a batch of all rows, from every process, and its results are on every
+    device; default: the device of the parameters."""
     model_cfg = model_cfg.with_room_for_all
 
     def evaluate(params, batch, context):
@@ -362,11 +366,12 @@ def make_eval_step(
 
     if mesh is None:
         return jax.jit(evaluate)
-    return jax.jit(
+    step = jax.jit(
         meshed(mesh)(evaluate),
         in_shardings=(None, batch_sharding(mesh), replicated(mesh)),
         out_shardings=replicated(mesh),
     )
+    return lambda params, batch, context: step(params, place_batch(batch, mesh), context)
 
 
 @functools.lru_cache(maxsize=_PROGRAMS)

@@ -79,4 +79,10 @@ def _within(shared: list[tuple[int, int]], bounds: tuple[tuple[int, int], ...]) 
 def _cast(array: Array, dtype: np.dtype, sharding: Any) -> Array:
     if array.dtype == dtype:
         return array
-    return jax.jit(functools.partial(jax.numpy.asarray, dtype=dtype), out_shardings=sharding)(array)
+    return _caster(dtype, sharding)(array)
+
+
+@functools.lru_cache
+def _caster(dtype: np.dtype, sharding: Any):
+    """One for all leaves of a sharding: those of one shape share a program."""
+    return jax.jit(functools.partial(jax.numpy.asarray, dtype=dtype), out_shardings=sharding)

@@ -102,7 +102,7 @@ def test_a_source_without_functions_is_an_error(tmp_path, tokenizer):
 # -------------------------------------------------------------------------------------- config
 
 WRONG = {
-    "report.eval_rows": (60, r"report\.eval_rows=60 must be a multiple of 8"),
+    "report.eval_rows": (60, r"report\.eval_rows=60 must be a multiple of 16"),
     "report.eval_samples": (0, r"report\.eval_samples=0 must be at least 1"),
     "report.block_sizes": ((1, 5), r"block_sizes=\(1, 5\) must be divisors of config\.conversion"),
     "report.exact_rows": (65, r"exact_rows=65 must be at most config\.report\.eval_rows"),
