@@ -18,10 +18,9 @@ from llada2_jax.config import ConfigError, load_config
 from llada2_jax.config_check import validate
 from llada2_jax.hub import load_model
 from llada2_jax.metrics import read_metrics
-from llada2_jax.model import init_params
 from llada2_jax.train import TrainingStopped, train
 from llada2_jax.types import SpecialTokens
-from tests.helpers import assert_same_params
+from tests.helpers import assert_same_params, random_params
 from tests.helpers import config as tiny
 from tests.tiny_run import VOCAB, write_corpus
 
@@ -166,7 +165,7 @@ def test_another_config_does_not_take_over_a_run(folder, tmp_path, capsys):
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(folder, tmp_path, capsys):
     """One NaN in the embedding of a byte that every file holds: no step can be taken."""
     cfg = tiny(vocab_size=VOCAB)
-    params = init_params(cfg, 0)
+    params = random_params(cfg, 0, 0.1)
     table = np.asarray(params["embedding"][...])
     params["embedding"][...] = jnp.asarray(np.where(np.arange(VOCAB)[:, None] >= 6, np.nan, table))
     files = {p.name: p.read_text() for p in (folder / "tokenizer").iterdir()}

@@ -1,11 +1,16 @@
 """Spikes are told from noise, on the device, and what they call for is done to the state."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada2_jax.config import SpikeConfig
+from llada2_jax.config import SpikeConfig, TrainConfig
 from llada2_jax.spikes import EVENTS, fresh_watch, judge
+from llada2_jax.train_step import begin_phase, init_state, roll_back
+from tests.helpers import TINY, random_params
 
 SKIP = SpikeConfig("skip", "skip", "skip", deviations=6.0, window=20)
 
@@ -64,3 +69,21 @@ def test_ignored_spikes_are_reported_and_applied():
     cfg = SpikeConfig("skip", "ignore", "ignore", window=20)
     _, seen = watch_of(cfg, [*noise(60), 90.0])
     assert seen[-1] == (True, ["loss"])
+
+
+def test_a_new_phase_and_a_rollback_need_no_other_program():
+    """jax compiles anew for arguments of another type, which where they lie is a part of."""
+    cfg = TrainConfig().of_step
+    state = init_state(cfg, random_params(TINY, 0))
+    reset = dataclasses.replace(cfg.optimizer, reset_each_phase=True)
+    for later in (
+        begin_phase(cfg, state),
+        begin_phase(dataclasses.replace(cfg, optimizer=reset), state),
+        roll_back(state, state),
+    ):
+        assert jax.tree.map(jax.typeof, later) == jax.tree.map(jax.typeof, state)
+
+
+def test_what_the_host_does_about_an_event_needs_no_other_program():
+    policies = [SpikeConfig(loss=policy).of_step for policy in ("ignore", "skip", "rollback")]
+    assert policies[0] != policies[1] == policies[2]
