@@ -209,17 +209,16 @@ def test_denominator_counts_supervised_tokens_not_masked_ones(params):
     assert float(output.metrics["mask_rate"].total) < 4 * len(SETS)
 
 
-def test_gradient_does_not_depend_on_accumulation():
-    """tests/unit/test_posttraining.py has it of CAP, of which BDLM is a part, and test_dpo.py of
-    DPO."""
+@pytest.mark.parametrize("objective", ["ar", "bdlm", "mdlm"])
+def test_gradient_does_not_depend_on_accumulation(objective):
+    """tests/unit/test_posttraining.py has it of CAP, and test_dpo.py of DPO."""
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(0, 3, (8, LENGTH)), axis=1)[:, ::-1]
     batch = make_batch(rng.integers(0, 14, (8, LENGTH)), segments)
     trained, buffers = nnx.split_state(random_params(ONE_LAYER, 1, 0.3), nnx.Param, ...)
     gradient = jax.jit(accumulated, static_argnums=(0, 1, 6))
-    grads = [
-        gradient("ar", ONE_LAYER, trained, buffers, batch, context(LENGTH), n)[0] for n in (1, 4)
-    ]
+    inputs = objective, ONE_LAYER, trained, buffers, batch, context(LENGTH)
+    grads = [gradient(*inputs, n)[0] for n in (1, 4)]
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4)
 
