@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 def test_on_8_devices(checks):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     env = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(checks)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", str(checks)]
     done = subprocess.run(
         command, cwd=FOLDER.parents[1], env=env, capture_output=True, text=True, timeout=900
     )
