@@ -25,6 +25,7 @@ from llada2_jax.data.loader import batches
 from llada2_jax.evals.likelihood import tokenizer_of
 from llada2_jax.inputs import positive
 from llada2_jax.metrics import read_metrics
+from llada2_jax.sharding import make_mesh, place_batch
 from llada2_jax.starting_model import starting_bundle
 from llada2_jax.train import train
 from llada2_jax.train_step import init_state, make_context, make_train_step
@@ -84,13 +85,14 @@ def _loop_seconds(cfg: TrainConfig, corpus: Corpus, warm: int) -> float:
 
 def _step_seconds(cfg: TrainConfig, corpus: Corpus) -> float:
     """Seconds a step of the jitted step alone, on the first batch of the run, again and again."""
-    bundle = starting_bundle(cfg)
+    mesh = make_mesh(cfg.mesh)
+    bundle = starting_bundle(cfg, mesh)
     rows = corpus.training_rows(cfg.data, cfg.data.rows_per_step, cfg.seed)
     batch = next(batches(rows, rows_per_step=cfg.data.rows_per_step, first_step=0))
     context = make_context(cfg, 1, bundle.special.mask)
-    step = make_train_step(cfg.of_step, bundle.config, "ar")
-    batch, context = jax.device_put((batch, context))
-    state, _ = step(init_state(cfg.of_step, bundle.params), batch, context)
+    step = make_train_step(cfg.of_step, bundle.config, "ar", mesh)  # the loop's own
+    batch = place_batch(batch, mesh, rows=cfg.data.rows_per_step)
+    state, _ = step(init_state(cfg.of_step, bundle.params, mesh), batch, context)
     jax.block_until_ready(state)
     steps, started = cfg.total_steps - cfg.log_every, time.perf_counter()
     for _ in range(steps):

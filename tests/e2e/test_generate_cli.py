@@ -10,9 +10,8 @@ import pytest
 from llada2_jax import cli, progress
 from llada2_jax.checkpoint import ModelBundle, save_model
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
-from llada2_jax.model import init_params
 from llada2_jax.types import SpecialTokens
-from tests.helpers import Terminal, config, exit_status
+from tests.helpers import Terminal, config, exit_status, random_params
 
 CFG = config(vocab_size=270, initializer_range=0.5, max_position_embeddings=64)
 
@@ -23,7 +22,7 @@ def checkpoint(tmp_path_factory):
     tokenizer = train_tokenizer(["a short text to learn from"], CFG.vocab_size)
     bundle = ModelBundle(
         config=CFG,
-        params=init_params(CFG, 0),
+        params=random_params(CFG, 0, 0.3),
         special=SpecialTokens(mask=0, eos=1, pad=1, bos=2),
         tokenizer_files=tokenizer_files(tokenizer),
         generation={"block_size": 4, "max_new_tokens": 7, "threshold": 0.2},

@@ -11,9 +11,9 @@ from llada2_jax.config import load_config
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.evals.tasks import make_tasks
 from llada2_jax.metrics import read_metrics
-from llada2_jax.model import init_params
 from tests.data_helpers import SPECIAL
 from tests.helpers import config as tiny
+from tests.helpers import random_params
 
 CONFIG = Path(__file__).parents[2] / "configs" / "posttrain.py"
 VOCAB, ROW, ROWS, BLOCK = 512, 256, 2, 8
@@ -28,7 +28,7 @@ def base(tmp_path_factory):
     [tasks] = make_tasks(FAMILIES, (200,), 0)
     files = tokenizer_files(train_tokenizer([task.question for task in tasks], VOCAB))
     cfg = tiny(vocab_size=VOCAB, max_position_embeddings=ROW)
-    save_model(path, ModelBundle(cfg, init_params(cfg, 0), SPECIAL, tokenizer_files=files))
+    save_model(path, ModelBundle(cfg, random_params(cfg, 0, 0.3), SPECIAL, tokenizer_files=files))
     return path
 
 

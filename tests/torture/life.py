@@ -26,11 +26,11 @@ from llada2_jax.config import (
     SpikeConfig,
     TrainConfig,
 )
-from llada2_jax.model import init_params
 from llada2_jax.schedules import embedding_noise_sigma
 from llada2_jax.train_checkpoints import TrainCheckpoints
 from llada2_jax.types import SpecialTokens
 from tests.helpers import config as tiny
+from tests.helpers import random_params
 from tests.tiny_run import VOCAB, write_corpus
 
 STEPS, SAVE_EVERY, ROW, ROWS = 60, 4, 32, 2
@@ -43,7 +43,7 @@ def prepare(folder: Path) -> None:
     write_corpus(folder)
     files = {p.name: p.read_text() for p in (folder / "tokenizer").iterdir()}
     config = tiny(vocab_size=VOCAB, initializer_range=0.02)
-    bundle = ModelBundle(config, init_params(config, 0), SPECIAL, tokenizer_files=files)
+    bundle = ModelBundle(config, random_params(config, 0, 0.3), SPECIAL, tokenizer_files=files)
     save_model(folder / "parent", bundle)
 
 

@@ -14,9 +14,8 @@ from llada2_jax.checkpoint import ModelBundle, save_model
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.evals.likelihood import ROW_LENGTH, default_row_length
 from llada2_jax.hub import load_bundle, load_model
-from llada2_jax.model import init_params
 from llada2_jax.types import SpecialTokens
-from tests.helpers import Terminal, config, exit_status
+from tests.helpers import Terminal, config, exit_status, random_params
 
 CFG = config(vocab_size=264, max_position_embeddings=64)
 
@@ -26,7 +25,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     bundle = ModelBundle(
         config=CFG,
-        params=init_params(CFG, 0),
+        params=random_params(CFG, 0, 0.3),
         special=SpecialTokens(mask=0, eos=1, pad=1, bos=2),
         tokenizer_files=tokenizer_files(train_tokenizer(["a text"], CFG.vocab_size)),
         generation={"block_size": 4},
@@ -189,7 +188,7 @@ def test_errors_in_files_name_the_place(score, tmp_path):
 
 def test_a_checkpoint_without_a_tokenizer(score, tmp_path):
     special = SpecialTokens(mask=0, eos=1, pad=1)
-    save_model(tmp_path / "bare", ModelBundle(CFG, init_params(CFG, 0), special))
+    save_model(tmp_path / "bare", ModelBundle(CFG, random_params(CFG, 0, 0.3), special))
     status, _, err = score("--text", "a", folder=tmp_path / "bare")
     assert status == 1 and "has no tokenizer.json" in err
 
