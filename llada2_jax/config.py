@@ -317,13 +317,14 @@ class RuntimeConfig:
     """How to compute, not what: dtypes, kernels, recomputation. param_dtype: of the parameters that
     the optimizer updates; "float32" are master weights, cast to dtype where they are used, for
     "bfloat16" see optimizer.rounding. attention_backend: "auto" takes the fastest kernel that
-    proves itself on the device at hand (docs/kernels.md). expert_buffer: room for pairs of tokens
-    and experts on a device of mesh axis `expert`, in units of a balanced load (see
-    spikes.expert_overflow); 0: the worst case, which nothing overflows. expert_exchange: how tokens
-    reach the devices of their experts, "gather" or "ragged"; "auto" is "gather" on up to 8 devices
-    (docs/parallelism.md). expert_chunks: in how many parts, as far as it divides them, a device's
-    tokens pass through the experts: more parts take less memory, and read the experts' weights more
-    often."""
+    proves itself on the device at hand (docs/kernels.md). experts_backend: how sorted rows meet
+    their experts' matrices; "auto" goes by the device (docs/parallelism.md). expert_buffer: room
+    for pairs of tokens and experts on a device of mesh axis `expert`, in units of a balanced load
+    (see spikes.expert_overflow); 0: the worst case, which nothing overflows. expert_exchange: how
+    tokens reach the devices of their experts, "gather" or "ragged"; "auto" is "gather" on up to 8
+    devices (docs/parallelism.md). expert_chunks: in how many parts, as far as it divides them, a
+    device's tokens pass through the experts: more parts take less memory, and read the experts'
+    weights more often."""
 
     dtype: str = "bfloat16"
     param_dtype: str = "float32"

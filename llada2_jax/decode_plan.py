@@ -174,10 +174,10 @@ def _compiled(
     model: ModelConfig, params: Any, requests: Requests, slice_: Slice, memory: Memory
 ) -> Memory:
     device = topology_devices(slice_.libtpu_name)[0]
-    attention = {"auto": "tpu"}.get(model.attention_backend, model.attention_backend)
-    model = dataclasses.replace(model, attention_backend=attention)
     start, options = time.perf_counter(), requests.options
-    lowered = lower_generation(model, params, requests.rows, requests.prompt, options, device)
+    lowered = lower_generation(
+        model.for_tpu, params, requests.rows, requests.prompt, options, device
+    )
     needed = compiled_bytes(lowered)
     return memory.compiled_to(needed, sum(memory.state.values()), time.perf_counter() - start)
 

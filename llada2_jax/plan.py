@@ -292,8 +292,7 @@ def compiled_plan(plan: Plan) -> Plan:
     """
     work, cfg = plan.work, plan.work.cfg
     mesh = make_mesh(cfg.mesh, topology_devices(plan.slice.libtpu_name))
-    attention = {"auto": "tpu"}.get(work.model.attention_backend, work.model.attention_backend)
-    model = dataclasses.replace(work.model, attention_backend=attention)
+    model = work.model.for_tpu
     start = time.perf_counter()
     state = abstract_state(cfg.of_step, model, mesh)
     check_cut(placements((state.params, state.opt_state), mesh), mesh)

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from llada2_jax import progress, quickstart_report
@@ -304,7 +303,7 @@ def _measure_likelihood(
         for column, rows in scores["merged"].items()
     }
     rows = jax.tree.map(lambda *parts: np.concatenate(parts)[: report.exact_rows], *batches)
-    results["exact_check"] = _exact_check(merged, rows, mesh)
+    results["exact_check"] = _exact_check(merged, rows)
     print(f"bound at block size 1 against the left-to-right chain: {results['exact_check']}")
 
 
@@ -313,7 +312,7 @@ def _difference(a: RowScores, b: RowScores) -> dict[str, float]:
     return {"bits_per_byte": bits, "stderr": error}
 
 
-def _exact_check(bundle: ModelBundle, batch: Batch, mesh: Mesh) -> dict[str, float]:
+def _exact_check(bundle: ModelBundle, batch: Batch) -> dict[str, float]:
     """The bound at block size 1 against the exact chain through the decoding path, in fp32.
 
     Only the first document of each row is compared: the chain takes one document a row.
@@ -326,8 +325,7 @@ def _exact_check(bundle: ModelBundle, batch: Batch, mesh: Mesh) -> dict[str, flo
     )
     cfg = dataclasses.replace(bundle.config, dtype="float32")
     context = validation_contexts(1, bundle.special.mask, 1)[0]
-    params = jax.device_put(bundle.params, shardings(bundle.params, mesh))
-    bound = np.asarray(make_eval_step(cfg, "bdlm", mesh)(params, batch, context).nll)
+    bound = np.asarray(make_eval_step(cfg, "bdlm")(bundle.params, batch, context).nll)
     mask_id = bundle.special.mask
     chain = jax.jit(lambda p: left_to_right_nll(cfg, p, batch, mask_id))(bundle.params)
     return {

@@ -119,7 +119,7 @@ def cached_bounds(
     if path.exists():
         bounds = _read(path, key)
     else:
-        step = make_reference_step(reference.config, mesh=mesh)
+        step = make_reference_step(reference.config, 1, mesh)
         rows = cfg.data.rows_per_step // cfg.optimizer.accumulate
         bounds = [
             bounds_of_pairs(step, reference.params, context, part, rows, mesh)

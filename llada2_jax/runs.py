@@ -170,12 +170,10 @@ def _shown(cell: Any) -> str:
 
 def plot(workdirs: Sequence[Path], names: Sequence[str], path: Path) -> None:
     """Training loss, averaged over a fiftieth of the run, and validation against tokens."""
-    import matplotlib
+    from matplotlib.figure import Figure  # which pyplot does not hold on to
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for index, (workdir, name) in enumerate(zip(workdirs, names, strict=True)):
         lines = read_metrics(workdir)
         train = [x for x in lines if x["kind"] == "train" and _has(x, "loss") and _has(x, "tokens")]
@@ -194,7 +192,6 @@ def plot(workdirs: Sequence[Path], names: Sequence[str], path: Path) -> None:
         if axes.has_data():
             axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def _refer(
         context = make_context(cfg, cfg.schedule.posttrain_block, reference.special.mask)
         corpus = cached_bounds(cfg, reference, corpus, context, mesh)
     held_out = preference_context(cfg, reference.special.mask)
-    step = make_reference_step(reference.config, mesh=mesh)
+    step = make_reference_step(reference.config, 1, mesh)
     validation = [
         dataclasses.replace(batch, reference=fetched(step, reference.params, batch, held_out, mesh))
         for batch in validation

@@ -102,6 +102,13 @@ class ModelConfig:
         return self.num_layers - self.num_dense_layers
 
     @property
+    def for_tpu(self) -> ModelConfig:
+        """With the backends that "auto" is on a TPU, to compile for one that is not at hand."""
+        chosen = {"attention_backend": "tpu", "experts_backend": "ragged_dot"}
+        open_ = {name: b for name, b in chosen.items() if getattr(self, name) == "auto"}
+        return dataclasses.replace(self, **open_)
+
+    @property
     def with_room_for_all(self) -> ModelConfig:
         """Whose experts leave nothing out: for programs that would not tell if they did."""
         return dataclasses.replace(self, expert_buffer=0.0)

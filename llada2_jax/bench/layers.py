@@ -316,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--remat", choices=POLICIES, default="full", help="what to keep for the backward (full)")
     add("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help="these contenders")
     add("--torch-python", default=sys.executable, metavar="PATH", help="an interpreter with torch")
-    add("--seconds", type=positive, default=130, metavar="N", help="a contender may take (130)")
+    add("--seconds", type=positive, default=110, metavar="N", help="a contender may take (110)")
     add("--check", action="store_true", help="whether both are the same layers, at a toy shape")
     add("--json", action="store_true", help="records instead of a table")
     return parser

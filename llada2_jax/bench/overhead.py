@@ -25,7 +25,7 @@ from llada2_jax.data.loader import batches
 from llada2_jax.evals.likelihood import tokenizer_of
 from llada2_jax.inputs import positive
 from llada2_jax.metrics import read_metrics
-from llada2_jax.sharding import make_mesh, place_batch
+from llada2_jax.sharding import make_mesh, place_batch, replicated
 from llada2_jax.starting_model import starting_bundle
 from llada2_jax.train import train
 from llada2_jax.train_step import init_state, make_context, make_train_step
@@ -92,6 +92,7 @@ def _step_seconds(cfg: TrainConfig, corpus: Corpus) -> float:
     context = make_context(cfg, 1, bundle.special.mask)
     step = make_train_step(cfg.of_step, bundle.config, "ar", mesh)  # the loop's own
     batch = place_batch(batch, mesh, rows=cfg.data.rows_per_step)
+    context = jax.device_put(context, replicated(mesh))
     state, _ = step(init_state(cfg.of_step, bundle.params, mesh), batch, context)
     jax.block_until_ready(state)
     steps, started = cfg.total_steps - cfg.log_every, time.perf_counter()

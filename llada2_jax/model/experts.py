@@ -238,15 +238,13 @@ class Experts(nnx.Module):
         The weight is applied in the middle, where rows are narrow: the backward pass then needs no
         expert's output.
         """
-        (widest, _), _ = kernels
-        count = len(widest)
-        backend = chosen_backend(self.cfg.experts_backend, widest.shape, x.dtype)
+        count, backend = len(kernels[0][0]), self._backend(kernels, x.dtype)
         alignment = row_alignment(room, count, backend)
         plan = plan_dispatch(experts, first, count, alignment, room)
         used = (plan.pair_of_slot < experts.size)[:, None]
         weight = jnp.where(used, to_slots(weights.reshape(-1, 1), plan), 0)
 
-        def matmul(rows, w, backend=backend):
+        def matmul(rows, w):
             return grouped_matmul(rows, w, plan.sizes, alignment=alignment, backend=backend)
 
         def project(rows, kernel, low_rank):
@@ -254,14 +252,24 @@ class Experts(nnx.Module):
             if low_rank is None:
                 return out
             a, b, scale = low_rank
-            narrow = "ragged_dot" if backend == "tokamax" else backend  # its kernels are for wide
-            return out + scale * matmul(matmul(rows, a, narrow), b, narrow)
+            return out + scale * matmul(matmul(rows, a), b)
 
         up, down = kernels
         gate_up = project(to_slots(x, plan), *up)
         hidden = swiglu(*jnp.split(gate_up, 2, axis=-1))
         hidden = (hidden.astype(jnp.float32) * weight).astype(x.dtype)
         return from_slots(project(hidden, *down), plan, x.shape[0]), plan.overflow
+
+    def _backend(self, kernels, dtype) -> str:
+        """One for both projections, whose rows are aligned alike. "auto" is "tiles" for all unless
+        a kernel has proven itself for both, and beside adapters, which are too narrow for one."""
+        asked = self.cfg.experts_backend
+        chosen = {chosen_backend(asked, w.shape, dtype) for w, _ in kernels}
+        adapted = any(low_rank is not None for _, low_rank in kernels)
+        if asked == "auto" and "tokamax" in chosen and (adapted or len(chosen) > 1):
+            return "tiles"
+        (backend,) = chosen
+        return backend
 
     def _room(self, experts: Int[Array, "tokens k"]) -> int:
         """Pairs that a device has room for: a multiple of a balanced load, or all that there could

@@ -87,15 +87,16 @@ def grouped_matmul(
 
 
 def _tokamax(x, w, group_sizes):
-    """A kernel by name: left to choose, tokamax falls back on XLA's dense product. They do not
-    write rows past the groups."""
+    """A kernel by name: left to choose, tokamax falls back on XLA's dense product. Kernels do not
+    write rows past the groups, neither of the output nor of x's gradient."""
     from tokamax import ragged_dot
 
     on_gpu = device_at_hand()[0].platform == "gpu"
     kernel: Any = "mosaic_gpu" if on_gpu else "xla"
+    used = (jnp.arange(x.shape[0], dtype=jnp.int32) < group_sizes.sum())[:, None]
+    x = jnp.where(used, x, jnp.zeros((), x.dtype))
     out = ragged_dot(x, w, group_sizes, implementation=kernel)
-    used = jnp.arange(x.shape[0], dtype=jnp.int32) < group_sizes.sum()
-    return jnp.where(used[:, None], out, jnp.zeros((), out.dtype))
+    return jnp.where(used, out, jnp.zeros((), out.dtype))
 
 
 def _self_check(backend: str, device, *, shape: tuple[int, int, int], dtype) -> str | None:

@@ -52,16 +52,40 @@ def test_is_a_product_with_each_row_s_matrix(backend):
         np.testing.assert_allclose(d_w[g], x[of_g].T @ cotangent[of_g], rtol=1e-4, atol=1e-5)
 
 
-def test_what_a_kernel_leaves_past_the_groups_goes_nowhere(monkeypatch):
-    def kernel(x, w, sizes, implementation):
-        return jax.lax.ragged_dot(x, w, sizes).at[80:].set(jnp.nan)
+def unwritten(x, w, sizes, implementation):
+    """A kernel that writes no row past the groups, of the output or of x's gradient."""
 
-    monkeypatch.setattr(tokamax, "ragged_dot", kernel)
+    def blank(rows, sizes):
+        past = jnp.arange(len(rows), dtype=jnp.int32)[:, None] >= sizes.sum()
+        return jnp.where(past, jnp.nan, rows)
+
+    def forward(x, w, sizes):
+        out, pull = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)
+        return blank(out, sizes), (pull, sizes)
+
+    def backward(kept, cotangent):
+        pull, sizes = kept
+        d_x, d_w = pull(cotangent)
+        return blank(d_x, sizes), d_w, None
+
+    product = jax.custom_vjp(lambda *inputs: forward(*inputs)[0])
+    product.defvjp(forward, backward)
+    return product(x, w, sizes)
+
+
+def test_what_a_kernel_does_not_write_goes_nowhere(monkeypatch):
+    monkeypatch.setattr(tokamax, "ragged_dot", unwritten)
     sizes = jnp.asarray(SIZES, jnp.int32)
-    out = grouped_matmul(
-        jnp.ones((ROWS, D)), jnp.ones(SHAPE), sizes, alignment=1, backend="tokamax"
-    )
-    np.testing.assert_array_equal(out, np.where(np.arange(ROWS)[:, None] < 80, D, 0) * np.ones(F))
+
+    def product(x, w):
+        return grouped_matmul(x, w, sizes, alignment=1, backend="tokamax")
+
+    out, pull = jax.vjp(product, jnp.ones((ROWS, D)), jnp.ones(SHAPE))
+    used = np.arange(ROWS)[:, None] < SIZES.sum()
+    np.testing.assert_array_equal(out, np.where(used, D, 0) * np.ones(F))
+    d_x, _ = pull(jnp.ones((ROWS, F)))
+    np.testing.assert_array_equal(d_x, np.where(used, F, 0) * np.ones(D))
+    assert api._self_check("tokamax", jax.local_devices()[0], shape=SHAPE, dtype="float32") is None
 
 
 def test_auto_is_what_the_device_is_good_at():

@@ -46,7 +46,8 @@ def test_mistakes_are_one_line(status, argv, message, monkeypatch, capsys):
         runpy.run_path(bench.__file__, run_name="__main__")
     error = capsys.readouterr().err
     assert end.value.code == status and message in error and "Traceback" not in error
-    assert error.rstrip().splitlines()[-1].startswith("python -m llada2_jax.bench")
+    last = error.rstrip().splitlines()[-1]
+    assert last.startswith("python -m llada2_jax.bench") and ": error: " in last
 
 
 def test_both_ways_run(tmp_path, monkeypatch):

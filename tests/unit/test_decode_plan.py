@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
 
-from llada2_jax import cli, sampler
+from llada2_jax import cli, decode_plan, sampler
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.decode_plan import Pass, Requests, plan_decoding
 from llada2_jax.hardware import GIB, slice_named
@@ -129,12 +130,16 @@ def test_the_shapes_are_those_of_a_generation():
 
 
 @needs_libtpu
-def test_the_program_compiles_for_a_slice():
+def test_the_program_compiles_for_a_slice(monkeypatch):
+    lower = mock.Mock(wraps=decode_plan.lower_generation)
+    monkeypatch.setattr(decode_plan, "lower_generation", lower)
     cfg = dataclasses.replace(TINY, head_dim=128, hidden_size=256, vocab_size=512)
     found, computed = (
         plan_decoding(cfg, Requests(4, 200, 64), slice_named("v5litepod-4"), compiled=c)
         for c in (True, False)
     )
+    model = lower.call_args.args[0]  # "auto" is not what it is on this machine
+    assert (model.attention_backend, model.experts_backend) == ("tpu", "ragged_dot")
     assert found.memory.compiled and found.memory.fits and found.memory.seconds > 0
     assert found.memory.state == computed.memory.state
     assert 0 < found.memory.temporaries < 30 * computed.memory.temporaries

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from jax._src.ad_checkpoint import saved_residuals  # only the printing one is p
 
 from llada2_jax import remat
 from llada2_jax.config import TrainConfig
+from llada2_jax.model import experts as experts_module
 from llada2_jax.model import merge_params
 from llada2_jax.model.experts import _BLOCK, plan_dispatch
 from llada2_jax.objectives import OBJECTIVES
@@ -88,6 +90,27 @@ def test_tokens_may_come_in_parts():
 
     for a, b in zip(*map(jax.tree.leaves, (all_of(8), all_of(1))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "up, down, rank, chosen",
+    [
+        ("tokamax", "tokamax", 0, "tokamax"),
+        ("tokamax", "tiles", 0, "tiles"),
+        ("tokamax", "tokamax", 2, "tiles"),
+        ("ragged_dot", "ragged_dot", 2, "ragged_dot"),
+    ],
+)
+def test_auto_is_one_backend_for_all_products(monkeypatch, up, down, rank, chosen):
+    """up, down: what is best for each projection alone. rank: of adapters."""
+    d, f = ONE_LAYER.hidden_size, ONE_LAYER.moe_intermediate_size
+    best = {(d, 2 * f): up, (f, d): down}
+    monkeypatch.setattr(
+        experts_module, "chosen_backend", lambda asked, shape, dtype: best[shape[1:]]
+    )
+    low_rank = object() if rank else None
+    kernels = [(np.zeros((4, *shape)), low_rank) for shape in best]
+    assert mlp_of(ONE_LAYER).experts._backend(kernels, "bfloat16") == chosen
 
 
 def test_dots_keeps_the_slots_and_not_what_they_were_counted_by():

@@ -85,6 +85,7 @@ VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(
 NAMES = st.sampled_from(["step", "tokens", "kind", "phase", "loss", "bits_per_byte", "measured"])
 
 
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font:UserWarning")  # of odd names
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     with_plot=st.integers(0, 9).map(lambda i: not i),
