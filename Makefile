@@ -13,6 +13,8 @@ EXTRAS ?= dev
 PYTHONS := python3.12 python3 python
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What builds this package and the few that have no wheel: pip is told not to fetch a builder for each.
+BUILDERS := hatchling editables setuptools
 STAMP = .venv/.stamp-$(EXTRAS)
 
 # The TPU compiler, for machines without a TPU; there is one for this platform only.
@@ -50,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  "$$found" -m venv .venv; \
 	fi
 	@echo "Installing the packages pinned in constraints.txt (about a minute)"
-	@$(PIP) install -qq -c constraints.txt hatchling editables
+	@$(PIP) install -qq -c constraints.txt $(BUILDERS)
 	@$(PIP) install -qq -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
@@ -114,7 +116,7 @@ aot: setup $(LIBTPU) ## compile the kernels for TPU v5e, v5p, v6e and 7x, withou
 .cache/oldest/.stamp: pyproject.toml constraints.txt constraints-oldest.txt | $(STAMP)
 	$(BIN)/python -m venv .cache/oldest
 	{ cat constraints-oldest.txt; grep -vxiE '($(OLDEST))==.*' constraints.txt; } > .cache/oldest/constraints.txt
-	.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check -c .cache/oldest/constraints.txt hatchling editables
+	.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check -c .cache/oldest/constraints.txt $(BUILDERS)
 	.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check -c .cache/oldest/constraints.txt \
 	  --no-build-isolation --editable '.[dev]'
 	@touch $@
@@ -125,7 +127,7 @@ wheel: setup ## build the wheel into dist/
 pins: setup ## renew constraints.txt from a clean environment with the newest releases
 	rm -rf .cache/pins
 	$(BIN)/python -m venv .cache/pins
-	.cache/pins/bin/python -m pip install -qq --disable-pip-version-check hatchling editables
+	.cache/pins/bin/python -m pip install -qq --disable-pip-version-check $(BUILDERS)
 	.cache/pins/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation --editable '.[dev]'
 	{ sed '/^[^#]/,$$d' constraints.txt; .cache/pins/bin/python -m pip freeze --exclude-editable; } > .cache/constraints.txt
 	mv .cache/constraints.txt constraints.txt
