@@ -283,6 +283,10 @@ class CheckpointConfig:
     preemption_seconds: float = 25.0
 
 
+EVENTS = ("non_finite", "loss", "grad_norm", "expert_overflow")
+"""What may befall a step: fields of SpikeConfig, in the order of `spikes.judge`'s events."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SpikeConfig:
     """Steps that would do harm, and what to do: "ignore" (spikes only), "skip" the step's update,
@@ -307,8 +311,7 @@ class SpikeConfig:
     @property
     def of_step(self) -> SpikeConfig:
         """As the step takes it, which leaves out what it does not heed: see StepConfig."""
-        policies = ("non_finite", "loss", "grad_norm", "expert_overflow")
-        heeded = {p: "ignore" if getattr(self, p) == "ignore" else "skip" for p in policies}
+        heeded = {e: "ignore" if getattr(self, e) == "ignore" else "skip" for e in EVENTS}
         return dataclasses.replace(self, max_rollbacks=0, **heeded)
 
 

@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from llada2_jax.config import SpikeConfig
-
-EVENTS = ("non_finite", "loss", "grad_norm", "expert_overflow")
-"""Fields of SpikeConfig, in the order of `judge`'s events."""
+from llada2_jax.config import EVENTS, SpikeConfig
 
 
 @jax.tree_util.register_dataclass

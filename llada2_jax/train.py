@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from llada2_jax.adapters import add_adapters, split_trained, without_adapters
 from llada2_jax.checkpoint import ModelBundle
-from llada2_jax.config import ConfigError, Phase, TrainConfig
+from llada2_jax.config import EVENTS, ConfigError, Phase, TrainConfig
 from llada2_jax.config_check import validate
 from llada2_jax.config_flags import parse_flags
 from llada2_jax.data.corpus import Corpus, load_corpus
@@ -30,7 +30,7 @@ from llada2_jax.data.loader import batches
 from llada2_jax.distributed import joined
 from llada2_jax.errors import EXIT_STATUS, UserError
 from llada2_jax.evals.likelihood import preference_context, validation_contexts
-from llada2_jax.evals.validation import score_pairs, score_rows
+from llada2_jax.evals.validation import score_pairs, score_rows, validated
 from llada2_jax.metrics import MetricLogger
 from llada2_jax.objectives import Context
 from llada2_jax.preemption import Preempted, PreemptionNotice
@@ -51,7 +51,6 @@ from llada2_jax.sharding import (
     place_batch,
     placements,
 )
-from llada2_jax.spikes import EVENTS
 from llada2_jax.starting_model import starting_bundle, with_learning_rate
 from llada2_jax.train_checkpoints import TrainCheckpoints
 from llada2_jax.train_step import (
@@ -93,35 +92,20 @@ class Run:
     rollback_to: int = 0  # the last step that the schedule or a rollback saved, whatever else was
     waits_until: int = 0  # checkpoints up to here are waited for: they were lost once
     latest: dict[str, Any] = dataclasses.field(default_factory=dict)  # metrics of the last step
-    steps: dict[str, Callable] = dataclasses.field(default_factory=dict)
-    evals: dict[str, Callable] = dataclasses.field(default_factory=dict)
-    norms: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
     def train_step(self, phase: Phase) -> Callable:
-        if phase.objective not in self.steps:
-            self.steps[phase.objective] = make_train_step(
-                self.cfg.of_step, self.bundle.config, phase.objective, self.mesh
-            )
-        return self.steps[phase.objective]
+        return make_train_step(self.cfg.of_step, self.bundle.config, phase.objective, self.mesh)
 
     def grad_norms_by_rate(self, phase: Phase) -> Callable:
-        if phase.objective not in self.norms:
-            self.norms[phase.objective] = make_grad_norms_by_rate(
-                self.bundle.config, phase.objective, self.cfg.eval.rate_buckets, self.mesh
-            )
-        return self.norms[phase.objective]
+        return make_grad_norms_by_rate(
+            self.bundle.config, phase.objective, self.cfg.eval.rate_buckets, self.mesh
+        )
 
     def validate(self, phase: Phase) -> dict[str, Any]:
-        """Validation under the phase's objective (or at the target block size). `kind` says what
-        was measured: only equal kinds compare."""
-        objective, block_size = phase.objective, phase.block_size
-        objective = "bdlm" if objective == "cap" else objective  # stages compare on the bound
-        target = self.cfg.eval.target_block_size
-        if objective != "ar" and target:
-            objective, block_size = "bdlm", target
-        if objective not in self.evals:
-            self.evals[objective] = make_eval_step(self.bundle.config, objective, self.mesh)
-        rows = self.evals[objective], self.state.model_params, self.validation
+        """Validation of the phase. `kind` says what was measured: only equal kinds compare."""
+        objective, block_size = validated(self.cfg, phase.objective, phase.block_size)
+        step = make_eval_step(self.bundle.config, objective, self.mesh)
+        rows = step, self.state.model_params, self.validation
         mask = self.bundle.special.mask
         if objective == "dpo":
             figures = score_pairs(*rows, preference_context(self.cfg, mask))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from llada2_jax.adapters import split_trained
 from llada2_jax.checksums import checksum
-from llada2_jax.config import StepConfig, TrainConfig
+from llada2_jax.config import EVENTS, StepConfig, TrainConfig
 from llada2_jax.model import build, merge_params
 from llada2_jax.model.layers import Adapter
 from llada2_jax.objectives import OBJECTIVES, Context, LossOutput, whole_batch_context
@@ -32,7 +32,7 @@ from llada2_jax.sharding import (
     shardings,
     single_device_mesh,
 )
-from llada2_jax.spikes import EVENTS, SpikeWatch, fresh_watch, judge
+from llada2_jax.spikes import SpikeWatch, fresh_watch, judge
 from llada2_jax.types import Batch, ExpertLoad, ModelConfig, Params
 
 _PROGRAMS = 32
@@ -351,13 +351,21 @@ def _router_z(load: ExpertLoad, model_cfg: ModelConfig) -> Float[Array, ""]:
     return load.z.sum() / jnp.maximum(positions, 1.0)
 
 
-@functools.lru_cache(maxsize=_PROGRAMS)
 def make_eval_step(
     model_cfg: ModelConfig, objective: str, mesh: Mesh | None = None
 ) -> Callable[[Params, Batch, Context], LossOutput]:
-    """The objective without a gradient. Experts have room for the worst case: there is no step to
-    refuse. On a mesh it takes a batch of all rows, from every process, and its results are on every
-    device; default: the device of the parameters."""
+    """The objective without a gradient. On a mesh it takes a batch of all rows, from every process,
+    and its results are on every device; default: the device of the parameters."""
+    step = eval_program(model_cfg, objective, mesh)
+    if mesh is None:
+        return step
+    return lambda params, batch, context: step(params, place_batch(batch, mesh), context)
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def eval_program(model_cfg: ModelConfig, objective: str, mesh: Mesh | None) -> jax.stages.Wrapped:
+    """The jitted function of `make_eval_step`, which takes rows that are on the mesh. Experts have
+    room for the worst case: there is no step to refuse."""
     model_cfg = model_cfg.with_room_for_all
 
     def evaluate(params, batch, context):
@@ -366,12 +374,11 @@ def make_eval_step(
 
     if mesh is None:
         return jax.jit(evaluate)
-    step = jax.jit(
+    return jax.jit(
         meshed(mesh)(evaluate),
         in_shardings=(None, batch_sharding(mesh), replicated(mesh)),
         out_shardings=replicated(mesh),
     )
-    return lambda params, batch, context: step(params, place_batch(batch, mesh), context)
 
 
 @functools.lru_cache(maxsize=_PROGRAMS)

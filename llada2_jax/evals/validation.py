@@ -9,10 +9,20 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from llada2_jax.config import TrainConfig
 from llada2_jax.objectives import Context, LossOutput
 from llada2_jax.types import Batch, Params, WeightedSum
 
 EvalStep = Callable[[Params, Batch, Context], LossOutput]  # see train_step.make_eval_step
+
+
+def validated(cfg: TrainConfig, objective: str, block_size: int) -> tuple[str, int]:
+    """What a phase of this objective and block size is validated under: the same, or blocks of
+    config.eval.target_block_size; CAP as bdlm, so that stages compare on the bound."""
+    target = cfg.eval.target_block_size
+    if objective != "ar" and target:
+        return "bdlm", target
+    return "bdlm" if objective == "cap" else objective, block_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,19 +28,15 @@ from llada2_jax.hardware import CHIPS
 from llada2_jax.model import build
 from llada2_jax.optimizer import make_optimizer
 from pallas_kernels.peaks import peak_flops
+from tests.helpers import config
 
-SMALL = dataclasses.replace(
-    MODELS["toy"],
-    hidden_size=16,
-    head_dim=8,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    num_experts=4,
-    experts_per_token=2,
-    n_group=2,
-    topk_group=1,
+SMALL = config(
+    vocab_size=1,
+    num_layers=3,
+    initializer_range=0.02,
     remat="full",
     tie_word_embeddings=True,
+    dtype="bfloat16",
 )
 JOB = Job("cpu", SMALL, rows=2, length=8, block_size=4, steps=3, seed=0)
 
@@ -73,9 +69,9 @@ def test_all_layers_have_weights_of_their_own():
 
 def test_figures_of_one_dense_layer():
     job = dataclasses.replace(JOB, model=dataclasses.replace(SMALL, num_layers=1))
-    weights = 16 * 8 * (2 * 4 + 2 * 2) + 3 * 16 * 16  # of attention and feed-forward
+    weights = 16 * 8 * (2 * 2 + 2 * 1) + 3 * 16 * 16  # of attention and feed-forward
     pairs = 2 * (4 * 4 + 4 * 8)  # of both halves of a row: the own block, and one earlier
-    flops = 3 * 2 * 2 * (2 * 8 * weights + 2 * 4 * 8 * pairs)  # 3 passes, 2 rows
+    flops = 3 * 2 * 2 * (2 * 8 * weights + 2 * 2 * 8 * pairs)  # 3 passes, 2 rows
     answer = {"seconds": 0.5, "losses": [2.0, 1.5], "peak_bytes": 2**29}
     found = figures(job, answer, peak=flops * 8)
     assert found == {

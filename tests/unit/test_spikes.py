@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada2_jax.config import SpikeConfig, TrainConfig
-from llada2_jax.spikes import EVENTS, fresh_watch, judge
+from llada2_jax.config import EVENTS, SpikeConfig, TrainConfig
+from llada2_jax.spikes import fresh_watch, judge
 from llada2_jax.train_step import begin_phase, init_state, roll_back
 from tests.helpers import TINY, random_params
 

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import llada2_jax.train
 from llada2_jax.checkpoint import ModelBundle
 from llada2_jax.config import ConfigError, DataConfig, Phase, ScheduleConfig, TrainConfig
 from llada2_jax.evals.likelihood import default_row_length
 from llada2_jax.metrics import MetricLogger, read_metrics
-from llada2_jax.sharding import make_mesh
+from llada2_jax.sharding import make_mesh, single_device_mesh
 from llada2_jax.train import Run, _Pending, _restored, _save, _Trace, _validate
 from llada2_jax.types import SpecialTokens
-from tests.helpers import config
+from tests.helpers import TINY, config
 
 
 def traced(folder, steps: int) -> tuple[list, list[str]]:
@@ -53,20 +52,13 @@ def test_without_a_folder_there_is_no_trace(monkeypatch):
     trace.close()
 
 
-def test_a_diagnostic_is_compiled_once_for_all_phases_of_an_objective(monkeypatch):
-    made = []
-
-    def make(model, objective, buckets, mesh):
-        made.append((objective, buckets))
-        return lambda: objective
-
-    monkeypatch.setattr(llada2_jax.train, "make_grad_norms_by_rate", make)
-    absent: Any = SimpleNamespace(config=None)
-    run = Run(TrainConfig(), *[absent] * 8)
-    phases = [Phase("decay-8", "bdlm", 8, 9), Phase("decay-4", "bdlm", 4, 9)]
-    assert [run.grad_norms_by_rate(phase)() for phase in phases] == ["bdlm", "bdlm"]
-    assert run.grad_norms_by_rate(Phase("cap", "cap", 4, 9))() == "cap"
-    assert made == [("bdlm", 4), ("cap", 4)]
+def test_a_program_is_compiled_once_for_all_phases_of_an_objective():
+    absent: Any = SimpleNamespace(config=TINY)
+    run = Run(TrainConfig(), *[absent] * 6, single_device_mesh(), absent)
+    first, later = Phase("decay-8", "bdlm", 8, 9), Phase("decay-4", "bdlm", 4, 9)
+    for program in (run.train_step, run.grad_norms_by_rate):
+        assert program(first) is program(later)
+        assert program(first) is not program(Phase("cap", "cap", 4, 9))
 
 
 def test_validation_is_a_line_of_that_kind(monkeypatch, tmp_path):
