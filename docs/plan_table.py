@@ -37,13 +37,14 @@ def line(row: dict, found: dict) -> str:
     kinds, seconds = found["bytes"], found["seconds"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     state = kinds["parameters"] + kinds["moments"]
-    sizes = (state, kinds["temporaries"], kinds["peak"], found["bytes_limit"])
-    state, temporaries, peak, limit = (f"{size / 2**30:.2f}" for size in sizes)
+    names = ("temporaries", "peak", "validation_peak")
+    sizes = (state, *(kinds[name] for name in names), found["bytes_limit"])
+    state, temporaries, peak, *others = (f"{size / 2**30:.2f}" for size in sizes)
     peak = f"**{peak}**" if found["fits"] else f"{peak}: does not fit"
     name = row["model"] + (", 32k" if found["row_length"] == 32768 else "")
     mfu = " - ".join(f"{found['mfu'][bound]:.0%}" for bound in ("in_turn", "best"))
     cells = (
-        *(name, row["slice"], mesh, found["rows_per_step"], state, temporaries, peak, limit),
+        *(name, row["slice"], mesh, found["rows_per_step"], state, temporaries, peak, *others),
         f"{found['compile_seconds']:.0f} s",
         f"{seconds['best']:.2f} - {seconds['in_turn']:.2f} s",
         mfu,
@@ -64,7 +65,8 @@ def main() -> None:
             continue
         found = plan(row, args.folder)
         print(line(row, found), flush=True)
-        row["compiled"] = {name: found["bytes"][name] for name in ("temporaries", "peak")}
+        names = ("temporaries", "peak", "validation_peak")
+        row["compiled"] = {name: found["bytes"][name] for name in names}
     if args.write:
         GOLDEN.write_text(json.dumps(rows, indent=1) + "\n")
 

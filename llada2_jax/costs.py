@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from llada2_jax.config import TrainConfig
-from llada2_jax.hardware import Slice
-from llada2_jax.sharding import RULES, Placement
+from llada2_jax.hardware import Chip, Slice
+from llada2_jax.sharding import AXES, RULES, Placement
 from llada2_jax.types import ModelConfig
 
 TRAINING = 3  # a backward pass is two forward passes of matmuls
@@ -97,11 +97,30 @@ class Workload:
         return self.cfg.optimizer.accumulate
 
     @property
+    def rows(self) -> float:
+        """Of the forward of one device and micro-batch, outside the pipeline."""
+        ways = math.prod(self.sizes[axis] for axis in RULES["batch"])
+        rows = self.cfg.data.rows_per_step * copies(self.cfg, self.objective)
+        return rows / (self.micro_batches * ways)
+
+    @property
     def positions(self) -> float:
         """Of one device and micro-batch."""
-        ways = math.prod(self.sizes[axis] for axis in (*RULES["batch"], *RULES["length"]))
-        tokens = self.cfg.tokens_per_step / self.micro_batches
-        return tokens * copies(self.cfg, self.objective) * halves(self.objective) / ways
+        ways = math.prod(self.sizes[axis] for axis in RULES["length"])
+        return self.rows * self.cfg.data.row_length * halves(self.objective) / ways
+
+    @property
+    def ticks(self) -> float:
+        """Of the pipeline, in each of which a device takes one row through its layers."""
+        stages = self.sizes["stage"]
+        return stages * self.rows + stages - 1
+
+    @property
+    def stretch(self) -> float:
+        """Work of a device in the MoE layers over what it is without stages, which is its share:
+        the first and last ticks, and layers of zeros, are computed for nothing."""
+        stages, layers = self.sizes["stage"], self.model.num_moe_layers
+        return -(-layers // stages) * self.ticks / (layers * self.rows) if stages > 1 else 1.0
 
     @property
     def expert_rows(self) -> float:
@@ -146,9 +165,20 @@ class Workload:
 
     @property
     def executed_flops_per_token(self) -> float:
-        """With the layers' recomputation; the head's gradient is made in its forward pass."""
-        layers = sum(self.forward.values()) - self.forward["head"]
-        return self.flops_per_token + self.recomputes * layers
+        """With the layers' recomputation, and what stages compute for nothing; the head's gradient
+        is made in its forward pass."""
+        recomputed = {n: self.recomputes * f for n, f in self.forward.items() if n != "head"}
+        parts = {name: count + recomputed.get(name, 0) for name, count in self.flops.items()}
+        return sum(count * (1 + self._waste(name)) for name, count in parts.items())
+
+    def _waste(self, part: str) -> float:
+        """What stages compute of a part for nothing, over what they are asked for."""
+        share = 1.0  # of the part that is within the pipeline
+        if part in ("head", "dense feed-forward"):
+            share = 0.0
+        elif part.startswith("attention"):
+            share = self.model.num_moe_layers / self.model.num_layers
+        return share * (self.stretch - 1)
 
 
 def link_bytes(
@@ -169,19 +199,51 @@ def link_bytes(
         passes = 1 + work.recomputes + scatters  # gather, gather again, scatter of the gradient
         part = math.prod(place.shape) * width
         part /= math.prod(sizes[name] for name in _cuts(place))
-        for name in _gathered_axes(place):
+        axes = _gathered_axes(place)
+        if _of_moe_layers(place):
+            passes *= _times_read(work)
+            if "stage" in axes:  # each stage gets its layers whole along it; gradients return
+                stored = place.bytes_per_device
+                received["stage"] += (1 + scatters) * stored * (1 - 1 / sizes["stage"])
+                part *= sizes["stage"]
+                axes.remove("stage")
+        for name in axes:
             received[name] += passes * part * (sizes[name] - 1)
             part *= sizes[name]
         # Of the gradient, all-reduced.
         received["data"] += scatters * 2 * part * (1 - 1 / sizes["data"])
     rows = work.positions * model.hidden_size * width  # one activation
-    both_ways = 4 + work.recomputes  # gather and scatter, forward and backward, gather again
-    received["expert"] += model.num_moe_layers * both_ways * rows * (sizes["expert"] - 1)
+    moe_layers = model.num_moe_layers * work.stretch
+    layers = model.num_dense_layers + moe_layers
+    received["expert"] += moe_layers * rows * _exchanges(work)
     reduced = 2 * rows * (1 - 1 / sizes["model"])
-    received["model"] += model.num_layers * 2 * (2 + work.recomputes) * reduced
+    received["model"] += layers * 2 * (2 + work.recomputes) * reduced
     keys = 2 * work.positions * model.num_kv_heads * model.head_dim * width / sizes["model"]
-    received["context"] += model.num_layers * (2 + work.recomputes) * keys * (sizes["context"] - 1)
+    received["context"] += layers * (2 + work.recomputes) * keys * (sizes["context"] - 1)
+    if sizes["stage"] > 1:  # rows of the other stages and what becomes of them, rows handed on
+        handed = 2 * (sizes["stage"] - 1) + work.ticks / work.rows
+        received["stage"] += 2 * rows * handed
     return {axis: work.micro_batches * value for axis, value in received.items()}
+
+
+def _exchanges(work: Workload) -> float:
+    """What a device receives along `expert` in a layer, forward and backward, in activations of its
+    own tokens."""
+    devices, model = work.sizes["expert"], work.model
+    if model.exchange_over(devices) == "gather":  # and scatter, both ways; gather again
+        return (4 + work.recomputes) * (devices - 1)
+    # Pairs, there and back, both ways; once more as the weights' gradients need what came back.
+    return (4 + 2 * work.recomputes) * model.experts_per_token * (1 - 1 / devices)
+
+
+def _times_read(work: Workload) -> float:
+    """How often a device needs the MoE layers' weights in a pass, in units of all of them: under
+    stages its own ones, anew for each row."""
+    return work.stretch * work.rows if work.sizes["stage"] > 1 else 1.0
+
+
+def _of_moe_layers(place: Placement) -> bool:
+    return "moe_layers/" in place.name
 
 
 def _cuts(place: Placement) -> list[str]:
@@ -200,8 +262,8 @@ def working_bytes(
 ) -> dict[str, float]:
     """Bytes of a device during a step, besides the state: gradients of the trained parameters
     (None: all); the inputs of layers, which the backward pass starts from under full recomputation;
-    and the largest layer at work: its gathered weights with their gradients, and the experts'
-    rows."""
+    the largest layer at work: its gathered weights with their gradients, and the experts' rows; and
+    what a pipeline holds."""
     model, sizes = work.model, work.sizes
     width = number_bytes(model)
     several = work.micro_batches > 1  # summed in fp32, beside those of the micro-batch at hand
@@ -210,21 +272,42 @@ def working_bytes(
     numbers = sum(
         math.prod(place.shape) / math.prod(sizes[n] for n in _cuts(place)) for place in learned
     )
-    layers = [[p for p in places if "moe_layers/" in p.name] for places in (params, learned)]
-    at_work = sum(_whole_bytes(p, sizes, width) / p.shape[0] for p in itertools.chain(*layers))
-    rows, met = work.expert_rows, work.positions * sizes["expert"]
+    layers = [p for p in itertools.chain(params, learned) if _of_moe_layers(p)]
+    at_work = sum(_whole_bytes(p, sizes, width) / p.shape[0] for p in layers)
+    rows, met = work.expert_rows, work.positions
+    ragged = model.exchange_over(sizes["expert"]) == "ragged"
+    met *= model.experts_per_token if ragged else sizes["expert"]
     expert_width = model.moe_intermediate_size / sizes["model"]
     # Rows and their gradients, in and between the two matmuls; the tokens met, and their fp32 sum.
     experts = rows * (2 * model.hidden_size + 4 * expert_width) * width
     experts += met * model.hidden_size * (width + 4)
+    experts /= model.expert_chunks
+    activation = work.positions * model.hidden_size * width
+    inputs = model.num_dense_layers + model.num_moe_layers * work.stretch
+    pipeline = {}
+    if (
+        sizes["stage"] > 1
+    ):  # a stage's layers and their gradients, its group's rows and what it made
+        experts /= work.rows  # one row at a time
+        made = activation * (sizes["stage"] + work.ticks / work.rows)
+        pipeline = {"pipeline": sum(p.bytes_per_device for p in layers) + made}
     return {
         "gradients": stored + (4 * numbers if several else 0),
-        "layer inputs": model.num_layers * work.positions * model.hidden_size * width,
-        "a layer at work": at_work + experts / model.expert_chunks,
+        "layer inputs": inputs * activation,
+        "a layer at work": at_work + experts,
+        **pipeline,
         # The head's fp32 gradient.
         "head": any(place.name.startswith("head") for place in learned)
         * (4.0 * model.hidden_size * model.vocab_size / sizes["model"]),
     }
+
+
+def validation_bytes(work: Workload, params: Sequence[Placement]) -> float:
+    """Bytes of a device during validation of as many rows as a micro-batch has, besides the state:
+    a layer at work, whose experts have room for the worst case, and its input and output."""
+    room = dataclasses.replace(work, model=work.model.with_room_for_all)
+    activation = work.positions * work.model.hidden_size * number_bytes(work.model)
+    return working_bytes(room, params, [])["a layer at work"] + 2 * activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,9 +337,7 @@ class Roofline:
 ASSUMPTIONS = (
     "matmuls and attention at the chip's peak, recomputed layers included; experts balanced",
     "memory: gathered weights read in each pass, state read and written once; activations not",
-    "links: every byte that a device receives at the chip's full rate, one axis after the other; "
-    "tokens gathered along expert, also where pairs would be sent",
-    "stages of a pipeline are never idle, and hand on rows in no time",
+    "links: every byte that a device receives at the chip's full rate, one axis after the other",
     "rows are one document each; an adapter's own matmuls are not counted",
     "a reference is as large as the policy; not counted are its traffic, and its room while it "
     "visits the devices from the host's memory",
@@ -275,18 +356,28 @@ def roofline(
     peak = slice_.chips * chip.flops
     width = number_bytes(work.model)
     passes = (2 + work.recomputes) * work.micro_batches
-    weights = sum(_whole_bytes(place, work.sizes, width) for place in params)
+    weights = sum(
+        _whole_bytes(place, work.sizes, width) * (_times_read(work) if _of_moe_layers(place) else 1)
+        for place in params
+    )
     traffic = passes * weights + 2 * state_bytes
-    rate = chip.link_bandwidth / chip.devices
-    if chip.kind == "gpu" and slice_.chips > chip.chips_per_host:
-        rate = chip.network_bandwidth
+    received = link_bytes(work, params, trained)
     return Roofline(
         compute=tokens * work.executed_flops_per_token / peak,
         memory=traffic / (chip.hbm_bandwidth / chip.devices),
-        links={axis: b / rate for axis, b in link_bytes(work, params, trained).items() if b},
+        links={a: b / _link_rate(chip, work.sizes, a) for a, b in received.items() if b},
         tokens=tokens,
         model_seconds=tokens * work.flops_per_token / peak,
     )
+
+
+def _link_rate(chip: Chip, sizes: Mapping[str, int], axis: str) -> float:
+    """Bytes a second that a device receives along an axis; GPUs over the network where its devices
+    are not of one machine. Neighbours along the last axes are neighbours there (sharding.AXES)."""
+    span = math.prod(sizes[name] for name in AXES[AXES.index(axis) :])
+    if chip.kind == "gpu" and span > chip.chips_per_host:
+        return chip.network_bandwidth
+    return chip.link_bandwidth / chip.devices
 
 
 def _whole_bytes(place: Placement, sizes: Mapping[str, int], width: int) -> float:

@@ -15,13 +15,15 @@ from llada2_jax.hardware import GIB
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of one device. state: what is there before and after, by kind. temporaries: while the
-    program runs. parts: what these are for, computed. compiled: whether temporaries are libtpu's;
-    else they are the sum of parts. seconds: to lower and compile."""
+    program runs. parts: what these are for, computed. validation: the peak of the run's other
+    program, state included. compiled: whether temporaries and validation are the compiler's, or
+    computed. seconds: to lower and compile."""
 
     state: dict[str, float]
     temporaries: float
     parts: dict[str, float]
     limit: float
+    validation: float = 0.0
     compiled: bool = False
     seconds: float = 0.0
 
@@ -31,11 +33,19 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.limit
+        return max(self.peak, self.validation) <= self.limit
 
-    def compiled_to(self, needed: float, held: float, seconds: float) -> Memory:
+    def compiled_to(
+        self, needed: float, held: float, seconds: float, validation: float = 0.0
+    ) -> Memory:
         """With temporaries of a program that needs `needed` bytes, `held` of them the state's."""
-        return dataclasses.replace(self, temporaries=needed - held, compiled=True, seconds=seconds)
+        return dataclasses.replace(
+            self,
+            temporaries=needed - held,
+            validation=validation,
+            compiled=True,
+            seconds=seconds,
+        )
 
     def record(self) -> dict[str, Any]:
         """What --json prints of it: bytes, and seconds to compile."""
@@ -43,7 +53,12 @@ class Memory:
             "fits": self.fits,
             "memory_from": "libtpu" if self.compiled else "computed",
             "compile_seconds": round(self.seconds, 1),
-            "bytes": {**self.state, "temporaries": self.temporaries, "peak": self.peak},
+            "bytes": {
+                **self.state,
+                "temporaries": self.temporaries,
+                "peak": self.peak,
+                **({"validation_peak": self.validation} if self.validation else {}),
+            },
             "bytes_limit": self.limit,
             "computed_temporaries": self.parts,
         }
@@ -59,8 +74,10 @@ class Memory:
         table.add_row("temporaries", gib(self.temporaries))
         for kind, size in self.parts.items():
             table.add_row(f"  {kind} (computed)", gib(size), style="dim")
-        verdict = "fits" if self.fits else "DOES NOT FIT"
-        table.add_row(f"peak, of {gib(self.limit)}: {verdict}", gib(self.peak), style="bold")
+        for name, peak in (("peak", self.peak), ("peak of validation", self.validation)):
+            if peak:
+                verdict = "fits" if peak <= self.limit else "DOES NOT FIT"
+                table.add_row(f"{name}, of {gib(self.limit)}: {verdict}", gib(peak), style="bold")
         return table
 
 

@@ -8,6 +8,7 @@ memory is computed too, and the table says so.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -34,11 +35,14 @@ from llada2_jax.costs import (
     Workload,
     link_bytes,
     roofline,
+    validation_bytes,
     working_bytes,
 )
 from llada2_jax.decode_plan import Requests, plan_decoding, print_decoding
 from llada2_jax.device_memory import Memory, compiled_bytes, gib
 from llada2_jax.errors import EXIT_STATUS, UsageError
+from llada2_jax.evals.likelihood import preference_context, validation_contexts
+from llada2_jax.evals.validation import validated
 from llada2_jax.hardware import CHIPS, Slice, slice_named, slices_of
 from llada2_jax.hub import load_bundle
 from llada2_jax.model import build
@@ -55,7 +59,13 @@ from llada2_jax.sharding import (
     mesh_sizes,
     placements,
 )
-from llada2_jax.train_step import abstract_state, make_context, make_train_step
+from llada2_jax.train_step import (
+    TrainState,
+    abstract_state,
+    eval_program,
+    make_context,
+    make_train_step,
+)
 from llada2_jax.types import Batch, ModelConfig
 from pallas_kernels.aot import topology_devices
 
@@ -74,8 +84,8 @@ MESHES: dict[tuple[str, str], Sizes] = {
 """Meshes of the slices in docs/plan.md; for others the roofline chooses."""
 
 COMPILED_CANDIDATES = 3
-"""Meshes of a slice that --search compiles, the fastest ones first, before it takes a larger
-slice."""
+"""Meshes of a slice that --search compiles before it takes a larger slice: the fastest ones, and
+the one that should need least memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,17 +245,15 @@ def on_mesh(cfg: TrainConfig, model: ModelConfig, sizes: Mapping[str, int]) -> T
 
 def meshes(cfg: TrainConfig, model: ModelConfig, devices: int) -> Iterator[Sizes]:
     """Meshes that could be: experts over up to 16 devices, rows of 16k tokens or more over up to 8,
-    heads over up to 4, the rest fsdp."""
-    for expert in (1, 2, 4, 8, 16):
-        for context in (1, 2, 4, 8) if cfg.data.row_length >= 16384 else (1,):
-            for tensor in (1, 2, 4):
-                fsdp, rest = divmod(devices, expert * context * tensor)
-                if rest or not fsdp:
-                    continue
-                chosen = {"fsdp": fsdp, "expert": expert, "context": context, "model": tensor}
-                sizes = dict.fromkeys(AXES, 1) | chosen
-                if _divides(cfg, model, sizes):
-                    yield sizes
+    heads over up to 4, layers in up to 4 stages, the rest fsdp. Not data: within a slice copies of
+    the parameters take memory and save no traffic."""
+    contexts = (1, 2, 4, 8) if cfg.data.row_length >= 16384 else (1,)
+    for chosen in itertools.product((1, 2, 4, 8, 16), contexts, (1, 2, 4), (1, 2, 4)):
+        fsdp, rest = divmod(devices, math.prod(chosen))
+        sizes = dict(zip(("expert", "context", "model", "stage"), chosen, strict=True))
+        sizes = dict.fromkeys(AXES, 1) | sizes | {"fsdp": fsdp}
+        if not rest and fsdp and _divides(cfg, model, sizes):
+            yield sizes
 
 
 def _divides(cfg: TrainConfig, model: ModelConfig, sizes: Sizes) -> bool:
@@ -275,7 +283,9 @@ def computed_plan(
     if places["reference"]:
         held["reference"] = _bytes(places["reference"])
     parts = working_bytes(work, params, trained)
-    memory = Memory(held, sum(parts.values()), parts, slice_.chip.usable_bytes)
+    validation = sum(held.values()) + validation_bytes(work, params)
+    limit = slice_.chip.usable_bytes
+    memory = Memory(held, sum(parts.values()), parts, limit, validation)
     roof = roofline(work, params, sum(held.values()), slice_, trained)
     return Plan(slice_, work, memory, roof, link_bytes(work, params, trained))
 
@@ -298,24 +308,43 @@ def compiled_plan(plan: Plan) -> Plan:
     check_cut(placements((state.params, state.opt_state), mesh), mesh)
     context = make_context(cfg, work.block_size, mask_id=0)
     step = make_train_step(cfg.of_step, model, work.objective, mesh)
-    lowered = step.lower(state, _abstract_batch(cfg, work.objective, mesh), context)
+    batch = _abstract_batch(cfg.data.rows_per_step, cfg.data.row_length, work.objective, mesh)
+    lowered = step.lower(state, batch, context)
+    held = plan.memory.state
     # The step takes no reference: that is a program of its own, whose parameters stay meanwhile.
-    held = sum(size for kind, size in plan.memory.state.items() if kind != "reference")
-    memory = plan.memory.compiled_to(compiled_bytes(lowered), held, time.perf_counter() - start)
+    taken = sum(size for kind, size in held.items() if kind != "reference")
+    needed = compiled_bytes(lowered)
+    validation = compiled_bytes(_lowered_validation(plan, model, mesh, state))
+    validation += sum(held.values()) - held["parameters"]
+    seconds = time.perf_counter() - start
+    memory = plan.memory.compiled_to(needed, taken, seconds, validation)
     return dataclasses.replace(plan, memory=memory)
 
 
-def _abstract_batch(cfg: TrainConfig, objective: str, mesh: jax.sharding.Mesh) -> Batch:
-    shape, sharding = (cfg.data.rows_per_step, cfg.data.row_length), batch_sharding(mesh)
+def _lowered_validation(
+    plan: Plan, model: ModelConfig, mesh: jax.sharding.Mesh, state: TrainState
+) -> jax.stages.Lowered:
+    """Validation of the phase, which takes as many rows as a micro-batch."""
+    work = plan.work
+    cfg, rows = work.cfg, work.cfg.data.rows_per_step // work.micro_batches
+    objective, block_size = validated(cfg, work.objective, work.block_size)
+    if objective == "dpo":
+        context = preference_context(cfg, mask_id=0)
+    else:
+        (context,) = validation_contexts(block_size, mask_id=0, samples=1)
+    batch = _abstract_batch(rows, cfg.data.row_length, objective, mesh)
+    return eval_program(model, objective, mesh).lower(state.model_params, batch, context)
 
-    def rows(dtype: Any = np.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+def _abstract_batch(rows: int, length: int, objective: str, mesh: jax.sharding.Mesh) -> Batch:
+    def field(dtype: Any = np.int32) -> Any:
+        return jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
 
     names = ("tokens", "segment_ids", "positions", "document_ids", "document_positions", "visits")
-    batch = Batch(**{name: rows() for name in names}, loss_mask=rows(np.bool_))
+    batch = Batch(**{name: field() for name in names}, loss_mask=field(np.bool_))
     if objective != "dpo":
         return batch
-    return dataclasses.replace(batch, preference=rows(), reference=rows(np.float32))
+    return dataclasses.replace(batch, preference=field(), reference=field(np.float32))
 
 
 def plan_run(cfg: TrainConfig, slice_: Slice, *, phase: str = "", compiled: bool = True) -> Plan:
@@ -365,11 +394,17 @@ def search(
         except ConfigError:
             continue  # rows do not divide among so many devices
         possible = [plan for plan in plans if _least(plan) <= plan.memory.limit]
-        for plan in possible[:COMPILED_CANDIDATES]:
+        for plan in _candidates(possible):
             found = compiled_plan(plan) if compiled and slice_.chip.kind == "tpu" else plan
             yield found
             if found.memory.fits:
                 return
+
+
+def _candidates(plans: list[Plan]) -> list[Plan]:
+    """Of a slice's plans, fastest first, those worth compiling."""
+    fastest, rest = plans[: COMPILED_CANDIDATES - 1], plans[COMPILED_CANDIDATES - 1 :]
+    return fastest + sorted(rest, key=lambda plan: plan.memory.peak)[:1]
 
 
 def _least(plan: Plan) -> float:

@@ -51,6 +51,10 @@ class LoRAConfig:
         return self.alpha / self.rank
 
 
+GATHER_UP_TO = 8
+"""Devices along `expert` up to which expert_exchange="auto" is "gather"."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of LLaDA2 / Ling 2.0 (BailingMoeV2); field names follow the field's terms.
@@ -112,6 +116,14 @@ class ModelConfig:
     def with_room_for_all(self) -> ModelConfig:
         """Whose experts leave nothing out: for programs that would not tell if they did."""
         return dataclasses.replace(self, expert_buffer=0.0)
+
+    def exchange_over(self, devices: int) -> str:
+        """How tokens reach their experts on so many devices, "gather" or "ragged": see
+        model/experts.py. With 8 choices a token, gathering moves no more than pairs would up to 8
+        devices."""
+        if self.expert_exchange != "auto":
+            return self.expert_exchange
+        return "gather" if devices <= GATHER_UP_TO else "ragged"
 
     @property
     def rotary_dim(self) -> int:

@@ -38,9 +38,6 @@ from llada2_jax.sharding import axis_size, gathered
 from llada2_jax.types import ModelConfig
 from pallas_kernels.grouped_matmul import chosen_backend, grouped_matmul, row_alignment
 
-GATHER_UP_TO = 8
-"""Devices along `expert` up to which expert_exchange="auto" is "gather"."""
-
 _BLOCK = 128
 """Pairs that one matmul of `_count_before` counts."""
 
@@ -199,11 +196,11 @@ class Experts(nnx.Module):
 
     def _way(self) -> Callable:
         """How tokens reach their experts."""
-        devices, way = axis_size("expert"), self.cfg.expert_exchange
+        devices = axis_size("expert")
         if devices == 1:
             return self._alone
-        auto = "gather" if devices <= GATHER_UP_TO else "ragged"
-        return {"gather": self._gathering, "ragged": self._sending}[auto if way == "auto" else way]
+        ways = {"gather": self._gathering, "ragged": self._sending}
+        return ways[self.cfg.exchange_over(devices)]
 
     def _alone(self, kernels, x, experts, weights):
         """All experts are here."""

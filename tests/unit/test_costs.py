@@ -25,6 +25,7 @@ from llada2_jax.costs import (
     forward_flops,
     link_bytes,
     roofline,
+    validation_bytes,
     working_bytes,
 )
 from llada2_jax.hardware import slice_named
@@ -91,7 +92,7 @@ def test_shares_of_the_released_models(name, attention, head):
 
 
 def workload(
-    sizes=None, accumulate=1, remat="full", objective="bdlm", rows=16, lora=None, **changes
+    sizes=None, accumulate=1, remat="full", objective="bdlm", rows=16, model=None, **changes
 ) -> Workload:
     cfg = default_config()
     cfg.workdir = "unused"
@@ -100,8 +101,8 @@ def workload(
     cfg.schedule.decay_blocks, cfg.schedule.decay_tokens = (8,), 10**6
     cfg.data.row_length, cfg.data.rows_per_step = 32, rows
     cfg.optimizer.accumulate, cfg.runtime.remat = accumulate, remat
-    model = config(dtype="bfloat16", remat=remat, lora=lora)
     checked = dataclasses.replace(validate(cfg), **changes)
+    model = config(**{"dtype": "bfloat16", "remat": remat} | (model or {}))
     return Workload(checked, model, dict.fromkeys(AXES, 1) | (sizes or {}), objective, 8)
 
 
@@ -133,12 +134,13 @@ def test_a_reference_runs_forward():
 
 
 def test_weights_under_adapters_have_no_gradient():
-    whole, adapted = workload(), workload(lora=LoRAConfig(rank=2))
+    adapters = {"lora": LoRAConfig(rank=2)}
+    whole, adapted = workload(), workload(model=adapters)
     assert adapted.flops["head"] == whole.flops["head"] * 2 / 3
     assert adapted.flops["attention pairs"] == whole.flops["attention pairs"]
     sizes = {"fsdp": 4, "data": 2}
     frozen = placed("head", (16, 64), ("fsdp",), None, sizes=sizes)
-    work = workload(sizes, lora=LoRAConfig(rank=2))
+    work = workload(sizes, model=adapters)
     received, learned = link_bytes(work, [frozen], []), link_bytes(work, [frozen])
     assert received["fsdp"] == learned["fsdp"] * 2 / 3 and received["data"] == 0 < learned["data"]
     assert working_bytes(work, [frozen], [])["gradients"] == 0
@@ -177,6 +179,59 @@ def test_bytes_on_links_of_experts():
     assert more == 3 * (8 * 16 * 2) * 3 / 4
 
 
+def test_bytes_on_links_of_experts_that_pairs_are_sent_to():
+    """Two choices a token, three of four go elsewhere; there and back, again for the weights, and
+    both ways in the backward pass."""
+    work = workload({"expert": 4}, model={"expert_exchange": "ragged"})
+    pairs = work.positions * 2 * 3 / 4
+    assert link_bytes(work, [])["expert"] == 6 * pairs * 16 * 2
+
+
+def test_stages_compute_for_nothing_at_first_and_last():
+    """Three layers in two stages of two, four rows a device: of nine ticks each takes eight."""
+    layers = {"num_layers": 4}
+    alone, staged = (workload({"fsdp": 2, axis: 2}, model=layers) for axis in ("data", "stage"))
+    assert alone.stretch == 1 and staged.rows == 4 and staged.ticks == 9
+    asked, done = 3 * 8, 2 * 2 * 9
+    assert staged.stretch == done / asked
+    parts = staged.forward
+    attention = parts["attention projections"] + parts["attention pairs"]
+    inside = parts["routed experts"] + parts["shared experts"] + parts["router"] + attention * 3 / 4
+    wasted = staged.executed_flops_per_token - alone.executed_flops_per_token
+    assert wasted == pytest.approx(4 * inside * (done / asked - 1))  # recomputed, too
+    assert staged.flops_per_token == alone.flops_per_token
+
+
+def test_bytes_on_links_of_stages():
+    layers, sizes = {"num_layers": 4}, {"fsdp": 2, "stage": 2}
+    work = workload(sizes, model=layers)
+    own = placed("moe_layers/x", (3, 8, 16), None, ("fsdp", "stage"), sizes=sizes)
+    received, empty = link_bytes(work, [own]), link_bytes(work, [])
+    assert received["fsdp"] == 3 * 9 * 2 * (8 * 16 * 2) / 2  # each pass and tick, two layers' half
+    # Half of what it stores goes to the other stage and comes from there; gradients go back.
+    assert received["stage"] - empty["stage"] == 2 * own.bytes_per_device / 2
+    row = 2 * 32 * 16 * 2
+    assert empty["stage"] == 2 * (2 * 4 * row + 9 * row)  # the other's rows, and one a tick
+    outside = placed("head", (8, 16), ("fsdp", "stage"), sizes=sizes)
+    assert link_bytes(work, [outside])["stage"] - empty["stage"] == 3 * (8 * 16 * 2) / 2
+    whole = working_bytes(work, [own])
+    assert whole["pipeline"] == 2 * own.bytes_per_device + 2 * 4 * row + 9 * row
+    assert whole["layer inputs"] == (1 + 2 * 9 / 4) * 4 * row
+    assert "pipeline" not in working_bytes(workload({"fsdp": 4}, model=layers), [own])
+    one_row = working_bytes(workload({"fsdp": 2, "expert": 2, "data": 4}, model=layers), [])
+    part = working_bytes(workload({"stage": 2, "expert": 2}, model=layers), [])
+    assert part["a layer at work"] == one_row["a layer at work"]
+
+
+def test_validation_has_room_for_all_pairs():
+    tight, strict = (workload({"expert": 4}, model={"expert_buffer": room}) for room in (1.0, 0.0))
+    alike = validation_bytes(tight, [])
+    assert alike == validation_bytes(strict, []) > working_bytes(tight, [])["a layer at work"]
+    rows = tokens = 4 * tight.positions  # all four devices' tokens, once: it has one expert
+    experts = rows * (2 * 16 + 4 * 8) * 2 + tokens * 16 * (2 + 4)
+    assert alike == experts + 2 * tight.positions * 16 * 2
+
+
 def test_activations_do_not_depend_on_how_rows_are_cut_when_nothing_is():
     assert all(size == 0 for size in link_bytes(workload(), []).values())
 
@@ -198,11 +253,12 @@ def test_roofline():
 
 
 def test_links_between_machines_of_gpus_are_slower():
-    params = [placed("head", (16, 64), ("fsdp",), None, sizes={"fsdp": 16})]
-    work = workload({"fsdp": 16})
-    within = roofline(work, params, 0.0, slice_named("h100-80gb-8")).links["fsdp"]
-    between = roofline(work, params, 0.0, slice_named("h100-80gb-16")).links["fsdp"]
-    assert between == pytest.approx(within * 450 / 50)
+    """Experts are within a machine of 8, fsdp is between two."""
+    params = [placed("head", (16, 64), ("fsdp",), None, sizes={"fsdp": 2})]
+    work = workload({"fsdp": 2, "expert": 8})
+    received = link_bytes(work, params)
+    links = roofline(work, params, 0.0, slice_named("h100-80gb-16")).links
+    assert links == {"expert": received["expert"] / 450e9, "fsdp": received["fsdp"] / 50e9}
 
 
 def test_several_micro_batches_sum_gradients_in_fp32():

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,13 @@ def test_meshes_make_up_the_devices():
     assert {sizes["expert"] for sizes in found} == {1, 2, 4, 8}
     assert {sizes["model"] for sizes in found} == {1, 2}, "there are two key heads"
     assert {sizes["context"] for sizes in found} == {1}, "rows are short"
+    assert {sizes["stage"] for sizes in found} == {1, 2, 4}
+
+
+def test_the_search_tries_the_mesh_that_needs_least_memory():
+    found = [SimpleNamespace(memory=SimpleNamespace(peak=peak)) for peak in (5, 4, 3, 1, 2)]
+    assert [p.memory.peak for p in plan._candidates(found)] == [5, 4, 1]
+    assert plan._candidates(found[:2]) == found[:2]
 
 
 def test_a_mesh_of_the_table_that_rows_do_not_divide_among_gives_way(monkeypatch):
