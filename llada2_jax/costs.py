@@ -285,10 +285,9 @@ def working_bytes(
     activation = work.positions * model.hidden_size * width
     inputs = model.num_dense_layers + model.num_moe_layers * work.stretch
     pipeline = {}
-    if (
-        sizes["stage"] > 1
-    ):  # a stage's layers and their gradients, its group's rows and what it made
+    if sizes["stage"] > 1:
         experts /= work.rows  # one row at a time
+        # Of the stage: its layers and their gradients, its group's rows and what it made of them.
         made = activation * (sizes["stage"] + work.ticks / work.rows)
         pipeline = {"pipeline": sum(p.bytes_per_device for p in layers) + made}
     return {
