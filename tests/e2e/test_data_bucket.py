@@ -82,10 +82,12 @@ def test_a_bucket_is_read_as_a_folder_is(storage_url, tmp_path, form):
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """A server that answers nobody."""
+    """A server that answers nobody, with the status of its subclass."""
+
+    status: int
 
     def do_GET(self):
-        self.send_response(401)
+        self.send_response(self.status)
         self.end_headers()
         self.wfile.write(b'{"error": {"message": "Who are you?"}}')
 
@@ -93,12 +95,16 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_bucket_that_refuses_is_named_with_the_status(tmp_path):
-    with http.server.ThreadingHTTPServer(("localhost", 0), Refusing) as server:
+@pytest.mark.parametrize(("status", "said"), [(401, "Who are you?, 401"), (403, "Forbidden: ")])
+def test_a_bucket_that_refuses_is_named_with_the_status(tmp_path, status, said):
+    handler = type("Handler", (Refusing,), {"status": status})
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://localhost:{server.server_port}"
         done = run("gs://corpus/code", tmp_path / "out", url)
         server.shutdown()
     assert done.returncode == 1
-    assert "error: gs://corpus/code cannot be read: Who are you?, 401; check" in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert f"error: gs://corpus/code cannot be read: {said}" in error
+    assert "; check the name and your credentials" in error
     assert "Traceback" not in done.stderr

@@ -72,6 +72,19 @@ def adam_of(state) -> optax.ScaleByAdamState:
     return next(x for x in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(x))
 
 
+def test_matrices_decay_and_scales_of_norms_do_not():
+    params = nnx.State(
+        {
+            name: nnx.Param(jnp.ones((2, 3)), logical_axes=(None, None))
+            for name in ("kernel", "scale")
+        }
+    )
+    cfg = run_config("float32", learning_rate=0.5, weight_decay=0.1)
+    (new, _) = trained(cfg, params, [jax.tree.map(jnp.zeros_like, params)])
+    np.testing.assert_allclose(new["kernel"][...], 1 - 0.5 * 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(new["scale"][...], 1)
+
+
 def weights(dtype="bfloat16", value=0.02):
     return tree(jnp.full((64, 256), value, dtype))
 

@@ -17,7 +17,7 @@ from llada2_jax import cli, plan
 from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.config import ConfigError, default_config
 from llada2_jax.config_check import validate
-from llada2_jax.device_memory import compiled_bytes
+from llada2_jax.device_memory import Memory, compiled_bytes
 from llada2_jax.hardware import CHIPS, GIB, slice_named, slices_of
 from llada2_jax.model import build
 from llada2_jax.sharding import AXES, RULES, format_placements, placements
@@ -38,7 +38,8 @@ GOLDEN = json.loads((ROOT / "tests/goldens/plan.json").read_text())
 SMALL = {
     "vocab_size": 2048,
     "hidden_size": 256,
-    "num_layers": 3,
+    "num_layers": 2,
+    "first_k_dense_replace": 0,
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 128,
@@ -242,6 +243,18 @@ def test_a_step_compiles_for_a_slice():
     assert found.memory.compiled and found.memory.fits
     assert found.memory.state == computed.memory.state
     assert 0 < found.memory.temporaries < 10 * computed.memory.temporaries
+    # Validation holds the moments, too, while it runs.
+    held = sum(found.memory.state.values())
+    assert 0 < found.memory.validation - held < 2 * (computed.memory.validation - held)
+
+
+def test_what_validation_needs_must_fit_too():
+    enough = Memory({"parameters": 2.0}, 3.0, {}, limit=6.0, validation=6.0)
+    assert enough.fits
+    assert not dataclasses.replace(enough, validation=6.5).fits
+    assert not dataclasses.replace(enough, temporaries=4.5).fits
+    compiled = enough.compiled_to(needed=5.0, held=2.0, seconds=1.0, validation=7.0)
+    assert compiled.record()["bytes"]["validation_peak"] == 7.0 and not compiled.fits
 
 
 @needs_libtpu
