@@ -97,6 +97,10 @@ def config(**changes) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
 
 
+def one_layer(**changes) -> ModelConfig:
+    return dataclasses.replace(ONE_LAYER, **changes)
+
+
 def random_params(cfg: ModelConfig, seed: int, scale: float = 1.0):
     """Normal numbers everywhere, where compiling an initialiser is not worth it."""
     rng, abstract = np.random.default_rng(seed), build(cfg)[1]

@@ -16,7 +16,7 @@ from llada2_jax.data.loader import batches
 from llada2_jax.metrics import read_metrics
 from llada2_jax.train import train
 from tests.data_helpers import SPECIAL, files, texts, write_jsonl
-from tests.helpers import config as tiny
+from tests.helpers import one_layer
 
 VOCAB, ROW, STEPS = 304, 64, 6
 
@@ -56,7 +56,7 @@ def config_of(folder, workdir, *sources, **data):
     config.workdir = str(workdir)
     with config.unlocked():
         config.model = {
-            k: v for k, v in model_dict(tiny(vocab_size=VOCAB)).items() if v is not None
+            k: v for k, v in model_dict(one_layer(vocab_size=VOCAB)).items() if v is not None
         }
     config.data.tokenizer = str(folder / "tokenizer")
     config.data.sources = tuple(str(folder / "prepared" / s) for s in sources)

@@ -11,9 +11,9 @@ from llada2_jax import cli, progress
 from llada2_jax.checkpoint import ModelBundle, save_model
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.types import SpecialTokens
-from tests.helpers import Terminal, config, exit_status, random_params
+from tests.helpers import Terminal, exit_status, one_layer, random_params
 
-CFG = config(vocab_size=270, initializer_range=0.5, max_position_embeddings=64)
+CFG = one_layer(vocab_size=270, initializer_range=0.5, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.evals.tasks import make_tasks
 from llada2_jax.metrics import read_metrics
 from tests.data_helpers import SPECIAL
-from tests.helpers import config as tiny
-from tests.helpers import random_params
+from tests.helpers import one_layer, random_params
 
 CONFIG = Path(__file__).parents[2] / "configs" / "posttrain.py"
 VOCAB, ROW, ROWS, BLOCK = 512, 256, 2, 8
@@ -27,7 +26,7 @@ def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "model"
     [tasks] = make_tasks(FAMILIES, (200,), 0)
     files = tokenizer_files(train_tokenizer([task.question for task in tasks], VOCAB))
-    cfg = tiny(vocab_size=VOCAB, max_position_embeddings=ROW)
+    cfg = one_layer(vocab_size=VOCAB, max_position_embeddings=ROW)
     save_model(path, ModelBundle(cfg, random_params(cfg, 0, 0.3), SPECIAL, tokenizer_files=files))
     return path
 

@@ -1,10 +1,15 @@
 """The pipeline itself, on a few thousand tokens: every stage, and a report with its files."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 from llada2_jax import quickstart
+from llada2_jax.assets import TINY_AR
+from llada2_jax.checkpoint import save_model
 from llada2_jax.config import load_config
+from llada2_jax.hub import load_model
+from tests.helpers import one_layer, random_params
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -21,9 +26,18 @@ def small_source(folder: Path) -> Path:
     return folder
 
 
+def small_parent(path: Path) -> Path:
+    """A random model of one layer with the shipped parent's tokenizer."""
+    shipped = load_model(TINY_AR)
+    cfg = one_layer(vocab_size=shipped.config.vocab_size, max_position_embeddings=64)
+    save_model(path, dataclasses.replace(shipped, config=cfg, params=random_params(cfg, 0, 0.1)))
+    return path
+
+
 def test_quickstart_runs_end_to_end(tmp_path):
     config = load_config(CONFIGS / "quickstart.py")
     config.workdir = str(tmp_path / "run")
+    config.ar.init.checkpoint = str(small_parent(tmp_path / "parent"))
     source = str(small_source(tmp_path / "source"))
     for stage in (config.ar, config.conversion):
         stage.data.source = source

@@ -22,10 +22,9 @@ from llada2_jax.metrics import read_metrics
 from llada2_jax.run_folder import read_starts
 from llada2_jax.starting_model import with_learning_rate
 from tests.data_helpers import SPECIAL, files, job, write_jsonl
-from tests.helpers import assert_same_params, random_params
-from tests.helpers import config as tiny
+from tests.helpers import assert_same_params, one_layer, random_params
 
-MODEL = tiny(vocab_size=300, param_dtype="float32")
+MODEL = one_layer(vocab_size=300, param_dtype="float32")
 STEPS, ROW, RATE = 6, 128, 0.02
 
 
@@ -51,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     }
     save_model(folder / "renamed", dataclasses.replace(bundle, tokenizer_files=renamed))
     save_model(folder / "mute", dataclasses.replace(bundle, tokenizer_files={}))
-    wide = tiny(vocab_size=301, param_dtype="float32")
+    wide = one_layer(vocab_size=301, param_dtype="float32")
     wide = dataclasses.replace(bundle, config=wide, params=random_params(wide, 0))
     save_model(folder / "wide", wide)
     for name, rows in (("pairs", map(pair, range(40))), ("long", [pair(i, 40) for i in range(40)])):

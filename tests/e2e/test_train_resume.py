@@ -20,8 +20,7 @@ from llada2_jax.hub import load_model
 from llada2_jax.metrics import read_metrics
 from llada2_jax.train import TrainingStopped, train
 from llada2_jax.types import SpecialTokens
-from tests.helpers import assert_same_params, random_params
-from tests.helpers import config as tiny
+from tests.helpers import assert_same_params, one_layer, random_params
 from tests.tiny_run import VOCAB, write_corpus
 
 # ml_collections loads config files in a way that Python 3.12 deprecates.
@@ -36,13 +35,13 @@ CLOCKS = {"seconds", "tokens_per_second", "input_wait_fraction"}
 # Three objectives in 24 steps of 64 tokens; a checkpoint every 4 steps and where a phase ends.
 CONFIG = """\
 from llada2_jax.config import default_config, model_dict
-from tests.helpers import config as tiny
+from tests.helpers import one_layer
 
 
 def get_config():
     config = default_config()
     config.workdir = {workdir!r}
-    model = model_dict(tiny(vocab_size={vocab}))
+    model = model_dict(one_layer(vocab_size={vocab}))
     with config.unlocked():
         config.model = {{k: v for k, v in model.items() if v is not None}}
     config.data.source = {source!r}
@@ -164,7 +163,7 @@ def test_another_config_does_not_take_over_a_run(folder, tmp_path, capsys):
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(folder, tmp_path, capsys):
     """One NaN in the embedding of a byte that every file holds: no step can be taken."""
-    cfg = tiny(vocab_size=VOCAB)
+    cfg = one_layer(vocab_size=VOCAB)
     params = random_params(cfg, 0, 0.1)
     table = np.asarray(params["embedding"][...])
     params["embedding"][...] = jnp.asarray(np.where(np.arange(VOCAB)[:, None] >= 6, np.nan, table))

@@ -29,8 +29,7 @@ from llada2_jax.config import (
 from llada2_jax.schedules import embedding_noise_sigma
 from llada2_jax.train_checkpoints import TrainCheckpoints
 from llada2_jax.types import SpecialTokens
-from tests.helpers import config as tiny
-from tests.helpers import random_params
+from tests.helpers import one_layer, random_params
 from tests.tiny_run import VOCAB, write_corpus
 
 STEPS, SAVE_EVERY, ROW, ROWS = 60, 4, 32, 2
@@ -42,7 +41,7 @@ def prepare(folder: Path) -> None:
     """What all lives share: the corpus, and a model to start from."""
     write_corpus(folder)
     files = {p.name: p.read_text() for p in (folder / "tokenizer").iterdir()}
-    config = tiny(vocab_size=VOCAB, initializer_range=0.02)
+    config = one_layer(vocab_size=VOCAB, initializer_range=0.02)
     bundle = ModelBundle(config, random_params(config, 0, 0.3), SPECIAL, tokenizer_files=files)
     save_model(folder / "parent", bundle)
 

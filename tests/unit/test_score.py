@@ -15,9 +15,9 @@ from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
 from llada2_jax.evals.likelihood import ROW_LENGTH, default_row_length
 from llada2_jax.hub import load_bundle, load_model
 from llada2_jax.types import SpecialTokens
-from tests.helpers import Terminal, config, exit_status, random_params
+from tests.helpers import Terminal, exit_status, one_layer, random_params
 
-CFG = config(vocab_size=264, max_position_embeddings=64)
+CFG = one_layer(vocab_size=264, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_long_text_spans_rows(score):
 def test_rows_are_as_long_as_in_training(checkpoint):
     bundle = load_bundle(checkpoint)
     assert default_row_length(bundle) == 64  # nothing tells: what the model takes
-    long = dataclasses.replace(bundle, config=config(max_position_embeddings=1 << 20))
+    long = dataclasses.replace(bundle, config=one_layer(max_position_embeddings=1 << 20))
     assert default_row_length(long) == ROW_LENGTH
     trained = dataclasses.replace(bundle, provenance={"step": 3, "row_length": 48})
     assert default_row_length(trained) == 48
