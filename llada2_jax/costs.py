@@ -116,11 +116,16 @@ class Workload:
         return stages * self.rows + stages - 1
 
     @property
+    def held(self) -> float:
+        """MoE layers that a device computes, layers of zeros included, over all that there are."""
+        layers = self.model.num_moe_layers
+        return -(-layers // self.sizes["stage"]) / layers if layers else 1.0
+
+    @property
     def stretch(self) -> float:
         """Work of a device in the MoE layers over what it is without stages, which is its share:
         the first and last ticks, and layers of zeros, are computed for nothing."""
-        stages, layers = self.sizes["stage"], self.model.num_moe_layers
-        return -(-layers // stages) * self.ticks / (layers * self.rows) if stages > 1 else 1.0
+        return self.held * self.ticks / self.rows
 
     @property
     def expert_rows(self) -> float:
@@ -167,9 +172,11 @@ class Workload:
     def executed_flops_per_token(self) -> float:
         """With the layers' recomputation, and what stages compute for nothing; the head's gradient
         is made in its forward pass."""
-        recomputed = {n: self.recomputes * f for n, f in self.forward.items() if n != "head"}
-        parts = {name: count + recomputed.get(name, 0) for name, count in self.flops.items()}
-        return sum(count * (1 + self._waste(name)) for name, count in parts.items())
+        total = 0.0
+        for name, forward in self.forward.items():
+            again = int(self.refers) + (self.recomputes if name != "head" else 0)
+            total += (self.flops[name] + again * forward) * (1 + self._waste(name))
+        return total
 
     def _waste(self, part: str) -> float:
         """What stages compute of a part for nothing, over what they are asked for."""
@@ -199,25 +206,28 @@ def link_bytes(
         passes = 1 + work.recomputes + scatters  # gather, gather again, scatter of the gradient
         part = math.prod(place.shape) * width
         part /= math.prod(sizes[name] for name in _cuts(place))
-        axes = _gathered_axes(place)
-        if _of_moe_layers(place):
-            passes *= _times_read(work)
+        axes, reduced = _gathered_axes(place), None
+        if sizes["stage"] > 1 and _of_moe_layers(place):
+            # Its layers are gathered once and kept; the backward pass is a row's.
+            passes = work.held * (1 + (passes - 1) * work.ticks)
+            reduced = float(place.bytes_per_device)
             if "stage" in axes:  # each stage gets its layers whole along it; gradients return
-                stored = place.bytes_per_device
-                received["stage"] += (1 + scatters) * stored * (1 - 1 / sizes["stage"])
+                moved = reduced * work.held * sizes["stage"]
+                received["stage"] += (1 + scatters) * moved * (1 - 1 / sizes["stage"])
                 part *= sizes["stage"]
                 axes.remove("stage")
         for name in axes:
             received[name] += passes * part * (sizes[name] - 1)
             part *= sizes[name]
-        # Of the gradient, all-reduced.
-        received["data"] += scatters * 2 * part * (1 - 1 / sizes["data"])
+        # Of the gradient, all-reduced: before it is cut, or as a pipeline leaves it.
+        reduced = part if reduced is None else reduced
+        received["data"] += scatters * 2 * reduced * (1 - 1 / sizes["data"])
     rows = work.positions * model.hidden_size * width  # one activation
     moe_layers = model.num_moe_layers * work.stretch
     layers = model.num_dense_layers + moe_layers
     received["expert"] += moe_layers * rows * _exchanges(work)
-    reduced = 2 * rows * (1 - 1 / sizes["model"])
-    received["model"] += layers * 2 * (2 + work.recomputes) * reduced
+    summed = 2 * rows * (1 - 1 / sizes["model"])
+    received["model"] += layers * 2 * (2 + work.recomputes) * summed
     keys = 2 * work.positions * model.num_kv_heads * model.head_dim * width / sizes["model"]
     received["context"] += layers * (2 + work.recomputes) * keys * (sizes["context"] - 1)
     if sizes["stage"] > 1:  # rows of the other stages and what becomes of them, rows handed on
@@ -236,10 +246,10 @@ def _exchanges(work: Workload) -> float:
     return (4 + 2 * work.recomputes) * model.experts_per_token * (1 - 1 / devices)
 
 
-def _times_read(work: Workload) -> float:
-    """How often a device needs the MoE layers' weights in a pass, in units of all of them: under
-    stages its own ones, anew for each row."""
-    return work.stretch * work.rows if work.sizes["stage"] > 1 else 1.0
+def _times_read(work: Workload, place: Placement) -> float:
+    """How often a device reads a weight in a pass: a stage those of its layers, for each row."""
+    staged = work.sizes["stage"] > 1 and _of_moe_layers(place)
+    return work.held * work.ticks if staged else 1.0
 
 
 def _of_moe_layers(place: Placement) -> bool:
@@ -275,8 +285,8 @@ def working_bytes(
     layers = [p for p in itertools.chain(params, learned) if _of_moe_layers(p)]
     at_work = sum(_whole_bytes(p, sizes, width) / p.shape[0] for p in layers)
     rows, met = work.expert_rows, work.positions
-    ragged = model.exchange_over(sizes["expert"]) == "ragged"
-    met *= model.experts_per_token if ragged else sizes["expert"]
+    sent = sizes["expert"] > 1 and model.exchange_over(sizes["expert"]) == "ragged"
+    met *= model.experts_per_token if sent else sizes["expert"]
     expert_width = model.moe_intermediate_size / sizes["model"]
     # Rows and their gradients, in and between the two matmuls; the tokens met, and their fp32 sum.
     experts = rows * (2 * model.hidden_size + 4 * expert_width) * width
@@ -287,9 +297,12 @@ def working_bytes(
     pipeline = {}
     if sizes["stage"] > 1:
         experts /= work.rows  # one row at a time
-        # Of the stage: its layers and their gradients, its group's rows and what it made of them.
+        # Of the stage: its layers and their gradients, as they are cut otherwise, and the layers
+        # whole; its group's rows and what it made of them.
+        own = work.held * sizes["stage"] * sum(p.bytes_per_device for p in layers)
+        whole = work.held * sum(_whole_bytes(p, sizes, width) for p in params if _of_moe_layers(p))
         made = activation * (sizes["stage"] + work.ticks / work.rows)
-        pipeline = {"pipeline": sum(p.bytes_per_device for p in layers) + made}
+        pipeline = {"pipeline": own + whole + made}
     return {
         "gradients": stored + (4 * numbers if several else 0),
         "layer inputs": inputs * activation,
@@ -303,10 +316,11 @@ def working_bytes(
 
 def validation_bytes(work: Workload, params: Sequence[Placement]) -> float:
     """Bytes of a device during validation of as many rows as a micro-batch has, besides the state:
-    a layer at work, whose experts have room for the worst case, and its input and output."""
-    room = dataclasses.replace(work, model=work.model.with_room_for_all)
+    a layer at work, whose experts have room for the worst case, its input and output, and a stage's
+    layers. work: of validation (`validation_work`)."""
     activation = work.positions * work.model.hidden_size * number_bytes(work.model)
-    return working_bytes(room, params, [])["a layer at work"] + 2 * activation
+    parts = working_bytes(work, params, [])
+    return parts["a layer at work"] + parts.get("pipeline", 0) + 2 * activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +350,8 @@ class Roofline:
 ASSUMPTIONS = (
     "matmuls and attention at the chip's peak, recomputed layers included; experts balanced",
     "memory: gathered weights read in each pass, state read and written once; activations not",
-    "links: every byte that a device receives at the chip's full rate, one axis after the other",
+    "links: every byte that a device receives at the chip's full rate, one axis after the other; "
+    "of GPUs all bytes of an axis that leaves a machine over the network, more than need be",
     "rows are one document each; an adapter's own matmuls are not counted",
     "a reference is as large as the policy; not counted are its traffic, and its room while it "
     "visits the devices from the host's memory",
@@ -356,8 +371,7 @@ def roofline(
     width = number_bytes(work.model)
     passes = (2 + work.recomputes) * work.micro_batches
     weights = sum(
-        _whole_bytes(place, work.sizes, width) * (_times_read(work) if _of_moe_layers(place) else 1)
-        for place in params
+        _times_read(work, place) * _whole_bytes(place, work.sizes, width) for place in params
     )
     traffic = passes * weights + 2 * state_bytes
     received = link_bytes(work, params, trained)

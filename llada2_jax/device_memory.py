@@ -15,9 +15,9 @@ from llada2_jax.hardware import GIB
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of one device. state: what is there before and after, by kind. temporaries: while the
-    program runs. parts: what these are for, computed. validation: the peak of the run's other
-    program, state included. compiled: whether temporaries and validation are the compiler's, or
-    computed. seconds: to lower and compile."""
+    program runs. parts: what these are for, computed. validation: the peak while the run validates,
+    state included; 0 where nobody asked. compiled: whether temporaries and validation are the
+    compiler's, or computed. seconds: to lower and compile."""
 
     state: dict[str, float]
     temporaries: float
@@ -32,8 +32,13 @@ class Memory:
         return sum(self.state.values()) + self.temporaries
 
     @property
+    def needed(self) -> float:
+        """The higher of the two peaks."""
+        return max(self.peak, self.validation)
+
+    @property
     def fits(self) -> bool:
-        return max(self.peak, self.validation) <= self.limit
+        return self.needed <= self.limit
 
     def compiled_to(
         self, needed: float, held: float, seconds: float, validation: float = 0.0

@@ -1,8 +1,8 @@
 """`llada2 plan`: does a run fit a slice, on what mesh, how fast at best; before money is spent.
 
-The true training step is compiled by libtpu for the slice, which needs no TPU: bytes are the
-compiler's. FLOPs, traffic and time are computed (costs.py). GPUs cannot be compiled for here: their
-memory is computed too, and the table says so.
+The true training step and validation are compiled by libtpu for the slice, which needs no TPU:
+bytes are the compiler's. FLOPs, traffic and time are computed (costs.py). GPUs cannot be compiled
+for here: their memory is computed too, and the table says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from llada2_jax.adapters import check_modules, split_trained
 from llada2_jax.architectures import ARCHITECTURES
-from llada2_jax.config import ConfigError, MeshConfig, Phase, TrainConfig
+from llada2_jax.config import ConfigError, MeshConfig, NoiseConfig, Phase, TrainConfig
 from llada2_jax.config_check import configured_model, validate
 from llada2_jax.config_flags import parse_flags
 from llada2_jax.costs import (
@@ -245,13 +245,15 @@ def on_mesh(cfg: TrainConfig, model: ModelConfig, sizes: Mapping[str, int]) -> T
 
 def meshes(cfg: TrainConfig, model: ModelConfig, devices: int) -> Iterator[Sizes]:
     """Meshes that could be: experts over up to 16 devices, rows of 16k tokens or more over up to 8,
-    heads over up to 4, layers in up to 4 stages, the rest fsdp. Not data: within a slice copies of
-    the parameters take memory and save no traffic."""
+    heads over up to 4, layers in up to 4 stages, the rest fsdp. Not data: copies of the parameters
+    take memory, and within a TPU slice save no traffic."""
     contexts = (1, 2, 4, 8) if cfg.data.row_length >= 16384 else (1,)
     for chosen in itertools.product((1, 2, 4, 8, 16), contexts, (1, 2, 4), (1, 2, 4)):
         fsdp, rest = divmod(devices, math.prod(chosen))
         sizes = dict(zip(("expert", "context", "model", "stage"), chosen, strict=True))
         sizes = dict.fromkeys(AXES, 1) | sizes | {"fsdp": fsdp}
+        if sizes["stage"] > max(1, model.num_moe_layers):
+            continue
         if not rest and fsdp and _divides(cfg, model, sizes):
             yield sizes
 
@@ -283,11 +285,25 @@ def computed_plan(
     if places["reference"]:
         held["reference"] = _bytes(places["reference"])
     parts = working_bytes(work, params, trained)
-    validation = sum(held.values()) + validation_bytes(work, params)
+    validation = sum(held.values()) + validation_bytes(validation_work(work), params)
     limit = slice_.chip.usable_bytes
     memory = Memory(held, sum(parts.values()), parts, limit, validation)
     roof = roofline(work, params, sum(held.values()), slice_, trained)
     return Plan(slice_, work, memory, roof, link_bytes(work, params, trained))
+
+
+def validation_work(work: Workload) -> Workload:
+    """What a run validates: rows of a micro-batch under the phase's kind of validation, and experts
+    with room for all. DPO is validated under the run's noise, all else under the bound's."""
+    cfg = work.cfg
+    objective, block_size = validated(cfg, work.objective, work.block_size)
+    cfg = dataclasses.replace(
+        cfg,
+        noise=cfg.noise if objective == "dpo" else NoiseConfig(),
+        dpo=dataclasses.replace(cfg.dpo, samples=cfg.eval.samples),
+    )
+    model = work.model.with_room_for_all
+    return Workload(cfg, model, work.sizes, objective, block_size)
 
 
 def _bytes(places: Sequence[Placement]) -> float:
@@ -295,7 +311,7 @@ def _bytes(places: Sequence[Placement]) -> float:
 
 
 def compiled_plan(plan: Plan) -> Plan:
-    """The plan with temporaries from the TPU's compiler.
+    """The plan with bytes of the step, and of validation if that fits, from the TPU's compiler.
 
     Raises: FileNotFoundError where libtpu is not; what the compiler raises, but for too little
       memory, which the plan then says.
@@ -313,9 +329,11 @@ def compiled_plan(plan: Plan) -> Plan:
     held = plan.memory.state
     # The step takes no reference: that is a program of its own, whose parameters stay meanwhile.
     taken = sum(size for kind, size in held.items() if kind != "reference")
-    needed = compiled_bytes(lowered)
-    validation = compiled_bytes(_lowered_validation(plan, model, mesh, state))
-    validation += sum(held.values()) - held["parameters"]
+    needed, beside = compiled_bytes(lowered), sum(held.values())
+    validation = 0.0
+    if needed + beside - taken <= plan.memory.limit:
+        validation = compiled_bytes(_lowered_validation(plan, model, mesh, state))
+        validation += beside - held["parameters"]
     seconds = time.perf_counter() - start
     memory = plan.memory.compiled_to(needed, taken, seconds, validation)
     return dataclasses.replace(plan, memory=memory)
@@ -327,7 +345,8 @@ def _lowered_validation(
     """Validation of the phase, which takes as many rows as a micro-batch."""
     work = plan.work
     cfg, rows = work.cfg, work.cfg.data.rows_per_step // work.micro_batches
-    objective, block_size = validated(cfg, work.objective, work.block_size)
+    validation = validation_work(work)
+    objective, block_size = validation.objective, validation.block_size
     if objective == "dpo":
         context = preference_context(cfg, mask_id=0)
     else:
@@ -404,7 +423,7 @@ def search(
 def _candidates(plans: list[Plan]) -> list[Plan]:
     """Of a slice's plans, fastest first, those worth compiling."""
     fastest, rest = plans[: COMPILED_CANDIDATES - 1], plans[COMPILED_CANDIDATES - 1 :]
-    return fastest + sorted(rest, key=lambda plan: plan.memory.peak)[:1]
+    return fastest + sorted(rest, key=lambda plan: plan.memory.needed)[:1]
 
 
 def _least(plan: Plan) -> float:
@@ -468,7 +487,7 @@ def print_search(plans: Sequence[Plan], console: Console) -> None:
         table.add_row(
             plan.slice.name,
             _shown(plan.work.sizes),
-            gib(memory.peak),
+            gib(memory.needed),
             gib(memory.limit),
             "yes" if memory.fits else "no",
             f"{roof.tokens / roof.in_turn:,.0f} - {roof.tokens / roof.best:,.0f}",
@@ -534,7 +553,7 @@ def _search_command(cfg: TrainConfig, values: Any) -> int:
     with bar(what="plans", unit="plan", delay=0) as shown:
         for plan in search(cfg, slices, phase=values.phase, compiled=values.compile):
             found.append(plan)
-            shown.set_postfix_str(f"{plan.slice.name}: {gib(plan.memory.peak)} GiB")
+            shown.set_postfix_str(f"{plan.slice.name}: {gib(plan.memory.needed)} GiB")
             shown.update()
     if not found:
         names = [s.name for s in slices]
@@ -557,8 +576,9 @@ usage: llada2 plan --config=configs/NAME.py --slice=NAME [--config.FIELD=VALUE .
                    [--phase=NAME | --decode=ROWS,PROMPT,NEW[,BLOCK]] [--search] [--json]
                    [--nocompile]
 
-Whether a run fits a slice, on what mesh, and how fast at best. Compiles the training step for the
-slice with libtpu on this machine (minutes; `make .cache/libtpu/libtpu/libtpu.so` fetches it).
+Whether a run fits a slice, on what mesh, and how fast at best. Compiles the training step and
+validation for the slice with libtpu on this machine (minutes; `make .cache/libtpu/libtpu/libtpu.so`
+fetches it).
 
   --slice=NAME     v5litepod-16, v5p-32, v6e-64, tpu7x-16, h100-80gb-8, ... as the cloud calls it
   --config.mesh.fsdp=N, .expert=N, ...   this mesh instead of the table's or the fastest

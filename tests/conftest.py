@@ -21,7 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-MAPS, MAPS_KEPT = Path("/proc/self/maps"), 30_000
+MAPS, MAPS_KEPT = Path("/proc/self/maps"), 20_000
 GOLDENS = Path(__file__).parent / "goldens"
 
 

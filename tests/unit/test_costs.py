@@ -12,6 +12,7 @@ from llada2_jax.architectures import ARCHITECTURES
 from llada2_jax.checkpoint import flatten
 from llada2_jax.config import (
     DPOConfig,
+    EvalConfig,
     NoiseConfig,
     ReferenceConfig,
     default_config,
@@ -22,6 +23,7 @@ from llada2_jax.costs import (
     BOTH_HALVES,
     Workload,
     allowed_pairs,
+    copies,
     forward_flops,
     link_bytes,
     roofline,
@@ -31,6 +33,7 @@ from llada2_jax.costs import (
 from llada2_jax.hardware import slice_named
 from llada2_jax.model import build
 from llada2_jax.objectives import OBJECTIVES
+from llada2_jax.plan import validation_work
 from llada2_jax.sharding import AXES, Placement
 from llada2_jax.types import LoRAConfig
 from pallas_kernels.block_layout import (
@@ -207,15 +210,18 @@ def test_bytes_on_links_of_stages():
     work = workload(sizes, model=layers)
     own = placed("moe_layers/x", (3, 8, 16), None, ("fsdp", "stage"), sizes=sizes)
     received, empty = link_bytes(work, [own]), link_bytes(work, [])
-    assert received["fsdp"] == 3 * 9 * 2 * (8 * 16 * 2) / 2  # each pass and tick, two layers' half
-    # Half of what it stores goes to the other stage and comes from there; gradients go back.
-    assert received["stage"] - empty["stage"] == 2 * own.bytes_per_device / 2
+    # Half of each of its two layers, once, and in the backward pass twice at each of nine ticks.
+    assert received["fsdp"] == (1 + 2 * 9) * 2 * (8 * 16 * 2) / 2
+    # Half of it, with a layer of zeros, comes from the other stage; gradients go back.
+    stored = own.bytes_per_device * 4 / 3
+    assert received["stage"] - empty["stage"] == 2 * stored / 2
     row = 2 * 32 * 16 * 2
     assert empty["stage"] == 2 * (2 * 4 * row + 9 * row)  # the other's rows, and one a tick
     outside = placed("head", (8, 16), ("fsdp", "stage"), sizes=sizes)
     assert link_bytes(work, [outside])["stage"] - empty["stage"] == 3 * (8 * 16 * 2) / 2
     whole = working_bytes(work, [own])
-    assert whole["pipeline"] == 2 * own.bytes_per_device + 2 * 4 * row + 9 * row
+    layers_whole = 2 * (8 * 16 * 2)
+    assert whole["pipeline"] == 2 * stored + layers_whole + 2 * 4 * row + 9 * row
     assert whole["layer inputs"] == (1 + 2 * 9 / 4) * 4 * row
     assert "pipeline" not in working_bytes(workload({"fsdp": 4}, model=layers), [own])
     one_row = working_bytes(workload({"fsdp": 2, "expert": 2, "data": 4}, model=layers), [])
@@ -223,13 +229,55 @@ def test_bytes_on_links_of_stages():
     assert part["a layer at work"] == one_row["a layer at work"]
 
 
+def test_stages_read_their_weights_for_each_row():
+    own = placed("moe_layers/x", (3, 8, 16), None, None, sizes={})
+    work, alone = (
+        workload({"fsdp": 2, axis: 2}, model={"num_layers": 4}) for axis in ("stage", "data")
+    )
+    read, once = (roofline(w, [own], 0.0, slice_named("v5p-8")).memory for w in (work, alone))
+    assert read == pytest.approx(once * 2 * 9 / 3)  # two of three layers in nine ticks
+
+
+def test_a_reference_has_stages_too():
+    layers = {"num_layers": 4}
+    plain, dpo = (workload({"stage": 2}, objective=o, model=layers) for o in ("bdlm", "dpo"))
+    plain = dataclasses.replace(plain, cfg=dpo.cfg)
+    parts, waste = dpo.forward, dpo.stretch - 1
+    attention = parts["attention projections"] + parts["attention pairs"]
+    inside = parts["routed experts"] + parts["shared experts"] + parts["router"] + attention * 3 / 4
+    more = copies(dpo.cfg, "dpo") * plain.executed_flops_per_token
+    reference = sum(parts.values()) + waste * inside
+    assert dpo.executed_flops_per_token == pytest.approx(more + reference)
+
+
+def test_a_model_without_experts_has_no_layers_to_stage():
+    dense = workload({"stage": 2}, model={"num_layers": 1})
+    assert dense.model.num_moe_layers == 0 and dense.executed_flops_per_token > 0
+
+
 def test_validation_has_room_for_all_pairs():
-    tight, strict = (workload({"expert": 4}, model={"expert_buffer": room}) for room in (1.0, 0.0))
-    alike = validation_bytes(tight, [])
-    assert alike == validation_bytes(strict, []) > working_bytes(tight, [])["a layer at work"]
+    tight = workload({"expert": 4}, model={"expert_buffer": 1.0})
+    work = validation_work(tight)
+    alike = validation_bytes(work, [])
+    assert alike > working_bytes(tight, [])["a layer at work"]
+    assert work.positions == tight.positions
     rows = tokens = 4 * tight.positions  # all four devices' tokens, once: it has one expert
     experts = rows * (2 * 16 + 4 * 8) * 2 + tokens * 16 * (2 + 4)
     assert alike == experts + 2 * tight.positions * 16 * 2
+    staged = validation_work(workload({"stage": 2}))
+    assert validation_bytes(staged, []) > staged.positions * 16 * 2 * (2 + 2)  # its group's rows
+
+
+def test_validation_is_of_its_own_kind():
+    pairs = {"noise": NoiseConfig(complementary=True)}
+    assert validation_work(workload(**pairs)).rows == workload().rows
+    assert validation_work(workload(objective="cap", **pairs)).objective == "bdlm"
+    target = {"eval": EvalConfig(target_block_size=4)}
+    work = validation_work(workload(objective="mdlm", **target))
+    assert (work.objective, work.block_size, work.positions) == ("bdlm", 4, workload().positions)
+    draws = {"dpo": DPOConfig(samples=2), "eval": EvalConfig(samples=5)}
+    dpo = workload(objective="dpo", **pairs, **draws)
+    assert validation_work(dpo).rows == 5 * 2 * workload().rows
 
 
 def test_activations_do_not_depend_on_how_rows_are_cut_when_nothing_is():

@@ -15,6 +15,7 @@ from llada2_jax.evals.likelihood import default_row_length
 from llada2_jax.metrics import MetricLogger, read_metrics
 from llada2_jax.sharding import make_mesh, single_device_mesh
 from llada2_jax.train import Run, _Pending, _restored, _save, _Trace, _validate
+from llada2_jax.train_step import eval_program
 from llada2_jax.types import SpecialTokens
 from tests.helpers import TINY, config
 
@@ -59,6 +60,7 @@ def test_a_program_is_compiled_once_for_all_phases_of_an_objective():
     for program in (run.train_step, run.grad_norms_by_rate):
         assert program(first) is program(later)
         assert program(first) is not program(Phase("cap", "cap", 4, 9))
+    assert eval_program(TINY, "bdlm", None) is eval_program(TINY, "bdlm", None)
 
 
 def test_validation_is_a_line_of_that_kind(monkeypatch, tmp_path):
