@@ -297,12 +297,10 @@ def working_bytes(
     pipeline = {}
     if sizes["stage"] > 1:
         experts /= work.rows  # one row at a time
-        # Of the stage: its layers and their gradients, as they are cut otherwise, and the layers
-        # whole; its group's rows and what it made of them.
-        own = work.held * sizes["stage"] * sum(p.bytes_per_device for p in layers)
+        # Of the stage: its layers, whole, its group's rows and what it made of them.
         whole = work.held * sum(_whole_bytes(p, sizes, width) for p in params if _of_moe_layers(p))
         made = activation * (sizes["stage"] + work.ticks / work.rows)
-        pipeline = {"pipeline": own + whole + made}
+        pipeline = {"pipeline": whole + made}
     return {
         "gradients": stored + (4 * numbers if several else 0),
         "layer inputs": inputs * activation,

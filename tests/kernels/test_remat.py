@@ -16,6 +16,9 @@ from tests.helpers import TINY
 from tests.jaxprs import equations_of
 
 INDEX = np.zeros((1, 64), np.int32)
+again_before_012 = pytest.mark.xfail(
+    jax.__version_info__ < (0, 12), reason="jax 0.11 runs these kernels' forward pass again"
+)
 
 
 def kernel_calls(function, *arguments) -> int:
@@ -26,7 +29,13 @@ def kernel_calls(function, *arguments) -> int:
 
 
 @pytest.mark.parametrize(
-    "backend, backward", [("tpu", 1), ("mosaic", 2), ("triton", 2), ("splash", 1)]
+    "backend, backward",
+    [
+        pytest.param("tpu", 1, marks=again_before_012),
+        ("mosaic", 2),
+        pytest.param("triton", 2, marks=again_before_012),
+        ("splash", 1),
+    ],
 )
 def test_a_policy_can_keep_what_a_kernel_made(backend, backward):
     layout = both_halves(jnp.asarray(INDEX), jnp.asarray(INDEX + 1))
@@ -45,7 +54,10 @@ def test_a_policy_can_keep_what_a_kernel_made(backend, backward):
     assert calls(jax.checkpoint_policies.save_only_these_names(KEPT)) == 1 + backward
 
 
-@pytest.mark.parametrize("policy", remat.POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(p, marks=again_before_012) if p == "dots" else p for p in remat.POLICIES],
+)
 def test_only_full_recomputation_runs_attention_again(policy):
     cfg = dataclasses.replace(TINY, attention_backend="tpu", remat=policy)
     forward = 2 if policy == "full" else 1
