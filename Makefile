@@ -71,7 +71,7 @@ posttrain-study: setup | runs/quickstart/merged ## the full grid with three seed
 runs/quickstart/merged:
 	$(MAKE) quickstart
 
-test: lint $(LIBTPU) ## lint, then all tests, 16 minutes the first time
+test: lint $(LIBTPU) ## lint, then all tests, 12 minutes the first time
 	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-slow: setup ## the tests marked slow: jobs of up to four processes; minutes
