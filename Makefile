@@ -16,6 +16,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What builds this package and the few that have no wheel: pip is told not to fetch a builder for each.
 BUILDERS := hatchling editables setuptools
 STAMP = .venv/.stamp-$(EXTRAS)
+# pip compiles to bytecode on one core, tests included. Some packages ship files that are no Python 3.
+compile = $(1)/python -W ignore -m compileall -qq -j 0 -x '/tests?/' $(1)/../lib >/dev/null || true
 
 # The TPU compiler, for machines without a TPU; there is one for this platform only.
 LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.cache/libtpu/libtpu/libtpu.so)
@@ -53,7 +55,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "Installing the packages pinned in constraints.txt (about a minute)"
 	@$(PIP) install -qq -c constraints.txt $(BUILDERS)
-	@$(PIP) install -qq -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(PIP) install -qq --no-compile -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(call compile,$(BIN))
 	@touch $@
 
 quickstart: setup ## the whole conversion on this machine, about 10 minutes; writes runs/quickstart/report.md
@@ -117,8 +120,9 @@ aot: setup $(LIBTPU) ## compile the kernels for TPU v5e, v5p, v6e and 7x, withou
 	$(BIN)/python -m venv .cache/oldest
 	{ cat constraints-oldest.txt; grep -vxiE '($(OLDEST))==.*' constraints.txt; } > .cache/oldest/constraints.txt
 	.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check -c .cache/oldest/constraints.txt $(BUILDERS)
-	.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check -c .cache/oldest/constraints.txt \
-	  --no-build-isolation --editable '.[dev]'
+	.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
+	  -c .cache/oldest/constraints.txt --no-build-isolation --editable '.[dev]'
+	$(call compile,.cache/oldest/bin)
 	@touch $@
 
 wheel: setup ## build the wheel into dist/

@@ -18,6 +18,7 @@ denoising step        the current block as the noisy half, against cached clean 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -27,6 +28,10 @@ from jaxtyping import Array, Bool, Int
 
 NOISY, CLEAN = 0, 1
 PADDING = 0  # the segment id that sees nothing and is seen by nothing
+
+one_program = functools.partial(jax.jit, inline=True)
+"""Decorator: outside a trace the function runs as one program instead of one for each operation,
+each compiled by itself; inside one it leaves no mark."""
 
 HostOrDevice = Array | np.ndarray
 """What a step takes: NumPy from the loader, JAX inside it."""
@@ -73,6 +78,7 @@ def concatenate(layouts: Sequence[BlockLayout]) -> BlockLayout:
     )
 
 
+@functools.partial(one_program, static_argnames="anchor")
 def block_index(
     positions: Int[HostOrDevice, "batch length"],
     block_size: int | Int[Scalar, ""],
@@ -103,11 +109,13 @@ def half_layout(block, segment, half: int) -> BlockLayout:
     return BlockLayout(block, segment, ((half, block.shape[1]),))
 
 
+@one_program
 def both_halves(block, segment) -> BlockLayout:
     """The training input [noisy ; clean] of 2·length tokens (eq. 4)."""
     return concatenate([half_layout(block, segment, NOISY), half_layout(block, segment, CLEAN)])
 
 
+@one_program
 def allowed(queries: BlockLayout, keys: BlockLayout) -> Bool[Array, "batch queries keys"]:
     """The rule itself as a dense mask: True where a query may see a key."""
     q_block, q_segment = queries.block[:, :, None], queries.segment[:, :, None]
@@ -119,6 +127,7 @@ def allowed(queries: BlockLayout, keys: BlockLayout) -> Bool[Array, "batch queri
     return same_document & (earlier_clean | own_block)
 
 
+@one_program
 def group_bounds(
     block: Int[Array, "batch length"], segment: Int[HostOrDevice, "batch length"]
 ) -> tuple[Int[Array, "batch length"], Int[Array, "batch length"]]:
@@ -162,6 +171,7 @@ class KeyIntervals:
         return int(np.asarray(self.count()).sum(dtype=np.int64))
 
 
+@one_program
 def key_intervals(layout: BlockLayout) -> KeyIntervals:
     """`allowed(layout, layout)` as intervals, in O(length), for tokens that attend to themselves.
 

@@ -1,10 +1,15 @@
-"""What the smallest real training run is made of: a corpus and its tokenizer."""
+"""What the smallest real training run is made of: a corpus and its tokenizer, or a parent."""
 
+import dataclasses
 import random
 from pathlib import Path
 
+from llada2_jax.assets import TINY_AR
+from llada2_jax.checkpoint import save_model
 from llada2_jax.data.documents import split_of
 from llada2_jax.data.tokenizer import tokenizer_files, train_tokenizer
+from llada2_jax.hub import load_model
+from tests.helpers import one_layer, random_params
 
 VOCAB = 272
 
@@ -24,3 +29,11 @@ def write_corpus(folder: Path) -> None:
     (folder / "tokenizer").mkdir()
     for name, text in tokenizer_files(tokenizer).items():
         (folder / "tokenizer" / name).write_text(text)
+
+
+def small_parent(path: Path) -> Path:
+    """A random model of one layer with the shipped parent's tokenizer."""
+    shipped = load_model(TINY_AR)
+    cfg = one_layer(vocab_size=shipped.config.vocab_size, max_position_embeddings=64)
+    save_model(path, dataclasses.replace(shipped, config=cfg, params=random_params(cfg, 0, 0.1)))
+    return path

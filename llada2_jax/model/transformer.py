@@ -217,4 +217,10 @@ def init_params(cfg: ModelConfig, seed: int, mesh: Mesh | None = None) -> Params
 
 def merge_params(cfg: ModelConfig, params: Params) -> Transformer:
     """A model from its parameters; cheap, for use inside jitted functions."""
-    return nnx.merge(build(cfg)[0], params)
+    return nnx.merge(_structure(cfg), params)
+
+
+@functools.cache
+def _structure(cfg: ModelConfig) -> nnx.GraphDef:
+    """Traced once a config: a model is merged in every function that is jitted."""
+    return build(cfg)[0]

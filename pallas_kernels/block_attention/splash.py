@@ -80,8 +80,13 @@ def computed_pairs(intervals: KeyIntervals, keys: int, tile: int = TILE) -> tupl
     Summed over the batch. Both passes compute the same tiles. keys: length of the key axis.
     """
     tile = min(tile, -(-keys // 128) * 128)
-    rows = jax.vmap(lambda row: _tiles(row, keys + -keys % tile, tile))
-    pairs = int((rows(_every_query_sees_a_key(intervals, -keys % tile)) != EMPTY).sum()) * tile**2
+
+    @jax.jit
+    def busy(intervals):
+        rows = jax.vmap(lambda row: _tiles(row, keys + -keys % tile, tile))
+        return (rows(_every_query_sees_a_key(intervals, -keys % tile)) != EMPTY).sum()
+
+    pairs = int(busy(intervals)) * tile**2
     return pairs, pairs
 
 

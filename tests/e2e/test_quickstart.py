@@ -1,15 +1,11 @@
 """The pipeline itself, on a few thousand tokens: every stage, and a report with its files."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 from llada2_jax import quickstart
-from llada2_jax.assets import TINY_AR
-from llada2_jax.checkpoint import save_model
 from llada2_jax.config import load_config
-from llada2_jax.hub import load_model
-from tests.helpers import one_layer, random_params
+from tests.tiny_run import small_parent
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -24,14 +20,6 @@ def small_source(folder: Path) -> Path:
         )
         (folder / f"module_{i}.py").write_text(body)
     return folder
-
-
-def small_parent(path: Path) -> Path:
-    """A random model of one layer with the shipped parent's tokenizer."""
-    shipped = load_model(TINY_AR)
-    cfg = one_layer(vocab_size=shipped.config.vocab_size, max_position_embeddings=64)
-    save_model(path, dataclasses.replace(shipped, config=cfg, params=random_params(cfg, 0, 0.1)))
-    return path
 
 
 def test_quickstart_runs_end_to_end(tmp_path):

@@ -6,18 +6,18 @@ import pytest
 
 from llada2_jax.config import ConfigError, DataConfig
 from llada2_jax.sharding import check_mesh
-from tests.sharding.helpers import CFG, MODEL, assert_equal, gradients, mesh_of
+from tests.sharding.helpers import CFG, MODEL, SHALLOW, assert_equal, gradients, mesh_of
 
 
 @pytest.mark.parametrize(
-    "objective, sizes",
-    [("mdlm", {"fsdp": 2, "model": 2}), ("bdlm", {"fsdp": 2, "expert": 2})],
+    "objective, sizes, model",
+    [("mdlm", {"fsdp": 2, "model": 2}, MODEL), ("bdlm", {"fsdp": 2, "expert": 2}, SHALLOW)],
     ids=["tensor", "experts"],
 )
-def test_gradients(objective, sizes):
+def test_gradients(objective, sizes, model):
     """Both halves of a row and experts: as flash is trained at 32k."""
     mesh = mesh_of(context=2, **sizes)
-    assert_equal(gradients(mesh, objective), gradients(mesh_of(), objective))
+    assert_equal(*(gradients(on, objective, model=model) for on in (mesh, mesh_of())))
 
 
 def test_rows_that_do_not_divide():

@@ -57,15 +57,15 @@ from tests.tiny_run import VOCAB, write_corpus
 ONE = mesh_of()
 MIXED = {"fsdp": 2, "expert": 2, "model": 2}
 CASES = [
-    ("ar", {"data": 2, "fsdp": 4}, {}),
-    ("ar", MIXED, {"lora": LoRAConfig(rank=2, modules=ADAPTED_MODULES)}),
-    ("bdlm", MIXED, {"tie_word_embeddings": True, "remat": "full"}),
+    ("ar", {"data": 2, "fsdp": 4}, SHALLOW, {}),
+    ("ar", MIXED, MODEL, {"lora": LoRAConfig(rank=2, modules=ADAPTED_MODULES)}),
+    ("bdlm", MIXED, SHALLOW, {"tie_word_embeddings": True, "remat": "full"}),
 ]
 
 
-@pytest.mark.parametrize("objective, sizes, changes", CASES)
-def test_gradients(objective, sizes, changes):
-    model = dataclasses.replace(MODEL, **changes)
+@pytest.mark.parametrize("objective, sizes, model, changes", CASES)
+def test_gradients(objective, sizes, model, changes):
+    model = dataclasses.replace(model, **changes)
     mine, single = (gradients(mesh, objective, model=model) for mesh in (mesh_of(**sizes), ONE))
     assert_equal(mine, single)
 

@@ -2,7 +2,7 @@
 
     python -m tests.torture --faults 1000 --out runs/torture
 
-A run, two of whose steps are bad and rolled back, is killed (-9), preempted (SIGTERM, once or
+A run, two of whose 60 steps are bad and rolled back, is killed (-9), preempted (SIGTERM, once or
 twice), starved of disk space, deprived of its folder for a while, and handed a newest checkpoint
 that is flipped, cut or partly deleted, at random moments and in random combinations, until it is
 done. Then its metrics must be equal, bit for bit, to those of an undisturbed run, each document
@@ -32,6 +32,7 @@ from llada2_jax.preemption import KILLED, RESTART
 from tests.torture import life
 
 CLOCKS = {"seconds", "tokens_per_second", "input_wait_fraction"}
+STEPS = 60  # of a run
 PATIENCE = 600.0  # seconds; a life that lasts longer hangs
 ENDS = {  # how a life may end after each fault; 0: it was done before
     "kill -9": {-signal.SIGKILL, 0},
@@ -52,6 +53,7 @@ class Lineage:
     folder: Path
     workdir: Path
     rng: random.Random
+    steps: int = STEPS
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     seen: dict[int, list] = dataclasses.field(default_factory=dict)
     lives: int = 0
@@ -87,7 +89,8 @@ class Lineage:
         self.lives += 1
         context = multiprocessing.get_context("forkserver")
         reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=life.live, args=(self.folder, self.workdir, writer))
+        args = (self.folder, self.workdir, self.steps, writer)
+        process = context.Process(target=life.live, args=args)
         process.start()
         writer.close()
         steps, allowed, give_up = -1, {0}, time.monotonic() + PATIENCE
@@ -197,7 +200,7 @@ class Lineage:
 
     def state(self) -> dict[str, int]:
         """Checksums of all arrays of the last checkpoint, moments and counters included."""
-        sums = read_checksums(self.workdir / "checkpoints" / str(life.STEPS))
+        sums = read_checksums(self.workdir / "checkpoints" / str(self.steps))
         return {k: v for k, v in sums.items() if "/" in k}
 
     def check_against(self, undisturbed: "Lineage") -> None:
@@ -206,8 +209,11 @@ class Lineage:
                 raise Tortured(f"another {what.__name__} than the undisturbed run; {self._trace()}")
 
 
-def torture(out: Path, faults: int, seed: int) -> None:
-    """Runs and checks runs until `faults` faults have been survived. Raises: Tortured."""
+def torture(out: Path, faults: int, seed: int, steps: int) -> None:
+    """Runs and checks runs of `steps` steps until `faults` faults have been survived.
+
+    Raises: Tortured.
+    """
     folder = out / "shared"
     folder.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
@@ -215,12 +221,12 @@ def torture(out: Path, faults: int, seed: int) -> None:
     survived = sum(sum(r["faults"].values()) for r in past)
     if survived >= faults:
         return
-    undisturbed = _fresh(folder, out / "undisturbed", random.Random(seed))
+    undisturbed = _fresh(folder, out / "undisturbed", random.Random(seed), steps)
     undisturbed.run(disturbed=False)
     number = len(past)
     while survived < faults:
         start = time.monotonic()
-        lineage = _fresh(folder, out / f"run-{number}", random.Random(f"{seed}/{number}"))
+        lineage = _fresh(folder, out / f"run-{number}", random.Random(f"{seed}/{number}"), steps)
         lineage.run(disturbed=True)
         lineage.check_against(undisturbed)
         seconds = time.monotonic() - start
@@ -251,9 +257,9 @@ def summary(out: Path) -> str:
     )
 
 
-def _fresh(folder: Path, workdir: Path, rng: random.Random) -> Lineage:
+def _fresh(folder: Path, workdir: Path, rng: random.Random, steps: int) -> Lineage:
     _remove(workdir)
-    return Lineage(folder, workdir, rng)
+    return Lineage(folder, workdir, rng, steps)
 
 
 def _remove(workdir: Path) -> None:
@@ -270,6 +276,7 @@ def main() -> int:
     )
     p.add_argument("--faults", type=int, default=1000, help="how many to survive (default: 1000)")
     p.add_argument("--seed", type=int, default=0, help="default: 0")
+    p.add_argument("--steps", type=int, default=STEPS, help=f"of a run (default: {STEPS})")
     p.add_argument("--out", type=Path, default=Path("runs/torture"), help="default: runs/torture")
     args = p.parse_args()
     # One thread in the fork server: a fork copies no other.
@@ -277,7 +284,7 @@ def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.torture.life"])
     try:
-        torture(args.out.absolute(), args.faults, args.seed)
+        torture(args.out.absolute(), args.faults, args.seed, args.steps)
     except Tortured as error:
         print(f"seed {args.seed}: {error}", file=sys.stderr)
         return 1

@@ -32,8 +32,8 @@ from llada2_jax.types import SpecialTokens
 from tests.helpers import one_layer, random_params
 from tests.tiny_run import VOCAB, write_corpus
 
-STEPS, SAVE_EVERY, ROW, ROWS = 60, 4, 32, 2
-BAD = {32, 46}  # their loss is NaN, and the run rolls back to 28 and to 44
+SAVE_EVERY, ROW, ROWS = 4, 32, 2
+BAD = {32, 46}  # of the steps: their loss is NaN, and the run rolls back to 28 and to 44
 SPECIAL = SpecialTokens(mask=0, eos=1, pad=1, bos=2)
 
 
@@ -46,14 +46,14 @@ def prepare(folder: Path) -> None:
     save_model(folder / "parent", bundle)
 
 
-def make_config(folder: Path, workdir: Path) -> TrainConfig:
+def make_config(folder: Path, workdir: Path, steps: int) -> TrainConfig:
     """Block diffusion on two rows a step; metrics are fetched every other step."""
     step = ROW * ROWS
     return TrainConfig(
         workdir=str(workdir),
         init=InitConfig(checkpoint=str(folder / "parent")),
         data=DataConfig(source=str(folder / "corpus"), row_length=ROW, rows_per_step=ROWS),
-        schedule=ScheduleConfig(decay_blocks=(4,), decay_tokens=STEPS * step),
+        schedule=ScheduleConfig(decay_blocks=(4,), decay_tokens=steps * step),
         optimizer=OptimizerConfig(expert_bias_rate=0.01),
         eval=EvalConfig(rows=2, rate_buckets=0),
         checkpoint=CheckpointConfig(
@@ -65,7 +65,7 @@ def make_config(folder: Path, workdir: Path) -> TrainConfig:
     )
 
 
-def live(folder: Path, workdir: Path, seen: Connection) -> None:
+def live(folder: Path, workdir: Path, steps: int, seen: Connection) -> None:
     """Trains in this process, and sends to `seen` None when it has found its run, and each step
     with its documents: a pipe takes them even while the disk does not."""
     log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -78,7 +78,7 @@ def live(folder: Path, workdir: Path, seen: Connection) -> None:
     train_module.TrainCheckpoints = functools.partial(_announced, seen)
     train_module.make_train_step = _recording(train_module.make_train_step, seen)
     train_module.embedding_noise_sigma = spoiling(BAD)
-    train_module.train(make_config(folder, workdir))
+    train_module.train(make_config(folder, workdir, steps))
 
 
 def _announced(seen: Connection, *args, **options) -> TrainCheckpoints:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from llada2_jax.assets import TINY_AR
 from llada2_jax.bench import __main__ as bench
 from llada2_jax.bench import overhead as overhead_bench
 from llada2_jax.bench.overhead import Overhead, loop_overhead
 from llada2_jax.config import ConfigError, TrainConfig, default_config
 from llada2_jax.config_check import validate
+from tests.tiny_run import small_parent
 
 
 def test_shares_are_of_the_loop():
@@ -57,7 +57,7 @@ def test_both_ways_run(tmp_path, monkeypatch):
     for i in range(150):
         (source / f"m{i}.py").write_text("def f(x):\n    return x\n" * 8)
     config = default_config()
-    config.init.checkpoint = str(TINY_AR)
+    config.init.checkpoint = str(small_parent(tmp_path / "parent"))
     config.data.source, config.data.row_length, config.data.rows_per_step = str(source), 16, 2
     config.schedule.stable_tokens = 32  # left out
     config.log_every, config.workdir = 2, "runs/x"

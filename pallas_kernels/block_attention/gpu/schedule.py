@@ -20,6 +20,7 @@ loops; `walk` maps a step of a loop to its run and tile.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.block_attention.counting import count_at_most
-from pallas_kernels.block_layout import KeyIntervals
+from pallas_kernels.block_layout import KeyIntervals, one_program
 
 RUNS = 3
 BOUNDS = 4  # first, full_first, full_last, last
@@ -50,6 +51,7 @@ class Tiles:
         return math.lcm(*queries), math.lcm(*keys)
 
 
+@one_program
 def runs_of(intervals: KeyIntervals) -> tuple[Bounds, Bounds]:
     """First and last-plus-one key of the RUNS of each query, int32; empty runs are 0, 0."""
     (own_start, own_end), (start, end) = intervals.own, intervals.earlier
@@ -74,6 +76,7 @@ def seen_keys(starts: Bounds, ends: Bounds, keys: int) -> Bool[Array, "batch key
     return begun > ended
 
 
+@functools.partial(one_program, static_argnames=("tile", "key_tile"))
 def key_ranges(starts: Bounds, ends: Bounds, tile: int, key_tile: int) -> TileRanges:
     """Ranges of key tiles for each tile of `tile` queries (a divisor of their number)."""
     batch, runs, queries = starts.shape
@@ -87,6 +90,7 @@ def key_ranges(starts: Bounds, ends: Bounds, tile: int, key_tile: int) -> TileRa
     return _ordered(first, full_first, full_last, last).swapaxes(1, 2)
 
 
+@functools.partial(one_program, static_argnames="key_tiles")
 def query_ranges(ranges: TileRanges, key_tiles: int) -> TileRanges:
     """The inverse of `key_ranges`: ranges of query tiles for each of the key tiles.
 

@@ -15,6 +15,7 @@ O(length / tile), whatever the documents.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
 from pallas_kernels.block_attention.counting import count_at_most
-from pallas_kernels.block_layout import KeyIntervals
+from pallas_kernels.block_layout import KeyIntervals, one_program
 
 RUNS = 2  # key intervals of a query
 FIELDS = 4  # integers that describe a run: first, head, wides, windows
@@ -59,6 +60,7 @@ class Tiles:
             raise ValueError(f"Tiles.wide={self.wide}: a positive multiple of keys={self.keys}")
 
 
+@functools.partial(one_program, static_argnames="tiles")
 def tile_bounds(intervals: KeyIntervals, tiles: Tiles) -> TileBounds:
     """TileBounds [start, end) of both runs of every query, by tile. Queries added to fill the last
     tile have no keys.
@@ -80,6 +82,7 @@ def tile_bounds(intervals: KeyIntervals, tiles: Tiles) -> TileBounds:
     return bounds.transpose(0, 3, 1, 2, 4)
 
 
+@functools.partial(one_program, static_argnames=("keys", "tiles"))
 def tile_runs(bounds: TileBounds, keys: int, tiles: Tiles) -> Int[Array, "batch tiles runs fields"]:
     """The windows of every tile and run; `keys`, the keys present, is a multiple of tiles.keys.
 
@@ -103,6 +106,7 @@ def clip_to_strip(bounds: TileBounds, begin: int | Array, length: int) -> TileBo
     return jnp.clip(bounds - begin, 0, length)
 
 
+@one_program
 def tiles_to_visit(
     runs: Int[Array, "batch tiles runs fields"],
 ) -> tuple[Int[Array, "batch tiles"], Int[Array, " batch"]]:
