@@ -74,7 +74,8 @@ posttrain-study: setup | runs/quickstart/merged ## the full grid with three seed
 runs/quickstart/merged:
 	$(MAKE) quickstart
 
-test: lint $(LIBTPU) ## lint, then all tests, 12 minutes the first time
+test: setup ## lint, then all tests, 12 minutes the first time
+	@$(MAKE) --no-print-directory -j 2 lint $(LIBTPU)
 	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-slow: setup ## the tests marked slow: jobs of up to four processes; minutes

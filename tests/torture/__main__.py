@@ -32,7 +32,6 @@ from llada2_jax.preemption import KILLED, RESTART
 from tests.torture import life
 
 CLOCKS = {"seconds", "tokens_per_second", "input_wait_fraction"}
-STEPS = 60  # of a run
 PATIENCE = 600.0  # seconds; a life that lasts longer hangs
 ENDS = {  # how a life may end after each fault; 0: it was done before
     "kill -9": {-signal.SIGKILL, 0},
@@ -53,7 +52,7 @@ class Lineage:
     folder: Path
     workdir: Path
     rng: random.Random
-    steps: int = STEPS
+    steps: int = life.STEPS
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     seen: dict[int, list] = dataclasses.field(default_factory=dict)
     lives: int = 0
@@ -276,7 +275,7 @@ def main() -> int:
     )
     p.add_argument("--faults", type=int, default=1000, help="how many to survive (default: 1000)")
     p.add_argument("--seed", type=int, default=0, help="default: 0")
-    p.add_argument("--steps", type=int, default=STEPS, help=f"of a run (default: {STEPS})")
+    p.add_argument("--steps", type=int, default=life.STEPS, help="of a run (default: 60)")
     p.add_argument("--out", type=Path, default=Path("runs/torture"), help="default: runs/torture")
     args = p.parse_args()
     # One thread in the fork server: a fork copies no other.

@@ -32,7 +32,7 @@ from llada2_jax.types import SpecialTokens
 from tests.helpers import one_layer, random_params
 from tests.tiny_run import VOCAB, write_corpus
 
-SAVE_EVERY, ROW, ROWS = 4, 32, 2
+STEPS, SAVE_EVERY, ROW, ROWS = 60, 4, 32, 2
 BAD = {32, 46}  # of the steps: their loss is NaN, and the run rolls back to 28 and to 44
 SPECIAL = SpecialTokens(mask=0, eos=1, pad=1, bos=2)
 
@@ -46,7 +46,7 @@ def prepare(folder: Path) -> None:
     save_model(folder / "parent", bundle)
 
 
-def make_config(folder: Path, workdir: Path, steps: int) -> TrainConfig:
+def make_config(folder: Path, workdir: Path, steps: int = STEPS) -> TrainConfig:
     """Block diffusion on two rows a step; metrics are fetched every other step."""
     step = ROW * ROWS
     return TrainConfig(
