@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILDERS := hatchling editables setuptools
 STAMP = .venv/.stamp-$(EXTRAS)
 # pip compiles to bytecode on one core, tests included. Some packages ship files that are no Python 3.
-compile = $(1)/python -W ignore -m compileall -qq -j 0 -x '/tests?/' $(1)/../lib >/dev/null || true
+compile = $(1)/python -W ignore -m compileall -qq -j 0 -x '/tests?/' $(1)/../lib || true
 
 # The TPU compiler, for machines without a TPU; there is one for this platform only.
 LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.cache/libtpu/libtpu/libtpu.so)

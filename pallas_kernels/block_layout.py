@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,20 @@ from jaxtyping import Array, Bool, Int
 NOISY, CLEAN = 0, 1
 PADDING = 0  # the segment id that sees nothing and is seen by nothing
 
-one_program = functools.partial(jax.jit, inline=True)
-"""Decorator: outside a trace the function runs as one program instead of one for each operation,
-each compiled by itself; inside one it leaves no mark."""
-
 HostOrDevice = Array | np.ndarray
 """What a step takes: NumPy from the loader, JAX inside it."""
 
 Scalar = Array | np.ndarray | np.number
 """The same for one number."""
+
+
+def one_program[**P, R](function: Callable[P, R], **static: Any) -> Callable[P, R]:
+    """Decorator: outside a trace the function runs as one program instead of one for each
+    operation, each compiled by itself; inside one it leaves no mark.
+
+    static: static_argnames, as of `jax.jit`.
+    """
+    return jax.jit(function, inline=True, **static)
 
 
 @jax.tree_util.register_dataclass

@@ -21,7 +21,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.constants import MASKED
 from pallas_kernels.block_attention.residuals import KEPT
-from pallas_kernels.block_layout import CLEAN, BlockLayout, KeyIntervals, key_intervals
+from pallas_kernels.block_layout import (
+    CLEAN,
+    BlockLayout,
+    KeyIntervals,
+    key_intervals,
+    one_program,
+)
 
 TILE = 512
 """Queries and keys of a tile, forward and backward; short rows take the next multiple of 128."""
@@ -80,14 +86,15 @@ def computed_pairs(intervals: KeyIntervals, keys: int, tile: int = TILE) -> tupl
     Summed over the batch. Both passes compute the same tiles. keys: length of the key axis.
     """
     tile = min(tile, -(-keys // 128) * 128)
-
-    @jax.jit
-    def busy(intervals):
-        rows = jax.vmap(lambda row: _tiles(row, keys + -keys % tile, tile))
-        return (rows(_every_query_sees_a_key(intervals, -keys % tile)) != EMPTY).sum()
-
-    pairs = int(busy(intervals)) * tile**2
+    pairs = int(_busy(intervals, keys, tile)) * tile**2
     return pairs, pairs
+
+
+@functools.partial(one_program, static_argnames=("keys", "tile"))
+def _busy(intervals: KeyIntervals, keys: int, tile: int) -> Int[Array, ""]:
+    """Tiles of the batch that are computed."""
+    rows = jax.vmap(lambda row: _tiles(row, keys + -keys % tile, tile))
+    return (rows(_every_query_sees_a_key(intervals, -keys % tile)) != EMPTY).sum()
 
 
 def _attend_row(q, k, v, intervals: KeyIntervals, *, clean: int, tile: int, interpret: bool):

@@ -7,8 +7,8 @@ twice), starved of disk space, deprived of its folder for a while, and handed a 
 that is flipped, cut or partly deleted, at random moments and in random combinations, until it is
 done. Then its metrics must be equal, bit for bit, to those of an undisturbed run, each document
 must have been trained on exactly as often, and the last checkpoint must hold the same state. Runs
-follow each other until there were enough faults. Each is drawn from (seed, number of the run), its
-result is a line of results.jsonl, and the same command goes on after the last of them.
+follow each other until there were enough faults. Each is drawn from (seed, steps, number of the
+run), its result is a line of results.jsonl, and the same command goes on after the last of them.
 """
 
 import argparse
@@ -232,6 +232,7 @@ def torture(out: Path, faults: int, seed: int, steps: int) -> None:
         survived += lineage.faults.total()
         result = {
             "seed": seed,
+            "steps": steps,
             "run": number,
             "lives": lineage.lives,
             "seconds": round(seconds, 1),
@@ -275,7 +276,7 @@ def main() -> int:
     )
     p.add_argument("--faults", type=int, default=1000, help="how many to survive (default: 1000)")
     p.add_argument("--seed", type=int, default=0, help="default: 0")
-    p.add_argument("--steps", type=int, default=life.STEPS, help="of a run (default: 60)")
+    p.add_argument("--steps", type=int, default=life.STEPS, help="of a run (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/torture"), help="default: runs/torture")
     args = p.parse_args()
     # One thread in the fork server: a fork copies no other.
@@ -285,7 +286,7 @@ def main() -> int:
     try:
         torture(args.out.absolute(), args.faults, args.seed, args.steps)
     except Tortured as error:
-        print(f"seed {args.seed}: {error}", file=sys.stderr)
+        print(f"seed {args.seed}, steps {args.steps}: {error}", file=sys.stderr)
         return 1
     print(summary(args.out))
     return 0

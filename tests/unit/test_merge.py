@@ -279,12 +279,12 @@ def test_weights_by_the_command(tmp_path, capsys):
 
 def test_memory_grows_neither_with_k_nor_with_the_model_and_each_byte_is_read_once():
     # Chunks so small that what is constant does not hide what grows.
-    sizes = ["--megabytes", "8", "32", "--chunk", str(1 << 20), "--cache", str(4 << 20)]
+    sizes = ["--megabytes", "16", "48", "--chunk", str(1 << 20), "--cache", str(4 << 20)]
     command = [sys.executable, "-m", "tests.merge_memory", "--k", "2", "6", *sizes]
     root = Path(__file__).parents[2]
     out = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     rows = [json.loads(line) for line in out.splitlines()]
     found = {(row["layout"], row["megabytes"], row["k"]) for row in rows}
-    assert found == set(itertools.product(["converted", "trained", "sharded"], [8, 32], [2, 6]))
-    assert rows[-1]["peak_mib"] - rows[0]["peak_mib"] < 20, rows  # of 24 MB more, six times
+    assert found == set(itertools.product(["converted", "trained", "sharded"], [16, 48], [2, 6]))
+    assert rows[-1]["peak_mib"] - rows[0]["peak_mib"] < 27, rows  # of 32 MB more, six times
     assert all(row["read_times"] < 1.5 for row in rows), rows
