@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from llada2_jax import mask_embedding
 from llada2_jax.errors import EXIT_STATUS
 from llada2_jax.hub.config import MODEL_TYPES
+from llada2_jax.hub.names import layer_of
 from llada2_jax.hub.streaming import SHARD_BYTES, Options, convert
 from llada2_jax.types import DTYPES
 
@@ -115,7 +117,8 @@ def main(argv: list[str]) -> int:
     dropped = report.pop("dropped_tensors")
     print(json.dumps(report, indent=1))
     if dropped:
-        print(f"dropped {len(dropped)} tensors of multi-token prediction layers: ", end="")
-        print(", ".join(dropped[:4]) + (", ..." if len(dropped) > 4 else ""))
+        print(f"dropped {len(dropped)} tensors of multi-token prediction layers:")
+        for layer, count in sorted(collections.Counter(map(layer_of, dropped)).items()):
+            print(f"  model.layers.{layer}.* ({count})")
     print(f"wrote {args.dst}")
     return 0

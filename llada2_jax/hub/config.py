@@ -68,6 +68,7 @@ _FIXED: dict[str, Any] = {
     "rope_interleaved": False,
 }
 
+_MTP = "num_nextn_predict_layers"
 _HINTS = typing.get_type_hints(ModelConfig)
 _log = logging.getLogger(__name__)
 
@@ -106,6 +107,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     check_model(cfg, "config.json: ", CheckpointError, _FIELD_OF)
     _check_restated(hf, cfg)
     return cfg
+
+
+def mtp_layers(hf: Mapping[str, Any]) -> int:
+    """How many multi-token prediction layers follow the others. Raises: CheckpointError."""
+    return _value(hf, _MTP, int) or 0
 
 
 def _bad(field: str, value: Any, way_out: str) -> CheckpointError:
@@ -284,6 +290,8 @@ def config_to_hf(
         hf = base
     else:
         hf = _rebased(base, cfg, model_type)
+    if _MTP in hf:
+        hf[_MTP] = 0  # they were not read
     hf |= {"pad_token_id": special.pad, "eos_token_id": special.eos, "mask_token_id": special.mask}
     if special.bos is not None:
         hf["bos_token_id"] = special.bos
@@ -318,7 +326,7 @@ def _rebased(base: dict[str, Any], cfg: ModelConfig, model_type: str) -> dict[st
         "rope_scaling": scaling,
         **{name: value for name, value in _FIXED.items() if name in _WRITTEN},
         "router_dtype": "fp32",
-        "num_nextn_predict_layers": 0,
+        _MTP: 0,
     }
 
 

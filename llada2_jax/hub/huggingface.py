@@ -18,7 +18,7 @@ from llada2_jax.checkpoint import (
 )
 from llada2_jax.folders import TOKENIZER_FILES
 from llada2_jax.hub import names
-from llada2_jax.hub.config import config_from_hf
+from llada2_jax.hub.config import config_from_hf, mtp_layers
 from llada2_jax.hub.safetensors_files import TensorFolder
 from llada2_jax.types import ModelConfig
 
@@ -48,7 +48,7 @@ class HFModel:
         self.folder = Path(folder)
         self.cfg: ModelConfig = config_from_hf(hf_config)
         self.tensors = TensorFolder(self.folder)
-        self.dropped = names.mtp_names(self.tensors.names, self.cfg)
+        self.dropped = names.mtp_names(self.tensors.names, self.cfg, mtp_layers(hf_config))
         merged = names.is_merged(self.tensors.names)
         self._slices = {
             rule.path: {part.index: part for part in names.slices(self.cfg, rule, merged=merged)}

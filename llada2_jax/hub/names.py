@@ -196,12 +196,13 @@ def is_merged(names: set[str]) -> bool:
     return any(re.search(r"\.mlp\.experts\.(gate|up|down)_proj$", name) for name in names)
 
 
-def mtp_names(names: set[str], cfg: ModelConfig) -> set[str]:
-    """Tensors of multi-token prediction layers: those at index num_layers and beyond."""
-    pattern = re.compile(r"model\.layers\.(\d+)\.")
-    found = set()
-    for name in names:
-        match = pattern.match(name)
-        if match and int(match[1]) >= cfg.num_layers:
-            found.add(name)
-    return found
+def mtp_names(names: set[str], cfg: ModelConfig, layers: int) -> set[str]:
+    """Tensors of multi-token prediction layers: of the `layers` that follow the last layer."""
+    indices = range(cfg.num_layers, cfg.num_layers + layers)
+    return {name for name in names if layer_of(name) in indices}
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the layer that a tensor belongs to; None outside the layers."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None

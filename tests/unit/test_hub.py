@@ -172,9 +172,11 @@ def test_mtp_tensors_are_dropped_and_named(tmp_path, capsys):
     source = write_folder(tmp_path / "hf", tensors | extra, num_nextn_predict_layers=1)
     assert cli.main(["convert", str(source), str(tmp_path / "ours")]) == 0
     assert "dropped 2 tensors" in (out := capsys.readouterr().out)
-    assert "model.layers.4.eh_proj.weight" in out
+    assert "  model.layers.4.* (2)\n" in out
     provenance = load_bundle(tmp_path / "ours").provenance
     assert provenance["conversion"]["dropped_tensors"] == sorted(extra)
+    convert(tmp_path / "ours", tmp_path / "back")
+    assert load_bundle(tmp_path / "back").hf_config["num_nextn_predict_layers"] == 0
 
 
 @pytest.mark.parametrize(
@@ -264,6 +266,14 @@ def test_missing_tensor(tmp_path, good_folder):
 def test_extra_tensor(tmp_path, good_folder):
     source = changed(tmp_path, good_folder, lambda t: t.update(odd=np.ones(2, BF16)))
     assert "not expected: odd" in refused(tmp_path, source)
+
+
+def test_a_layer_that_the_config_leaves_out_is_no_mtp_layer(tmp_path, good_folder):
+    tensors = tensors_of(load_bundle(good_folder).config)
+    source = write_folder(tmp_path / "hf", tensors, num_hidden_layers=3)
+    assert "not expected: model.layers.3." in refused(tmp_path, source)
+    with pytest.raises(CheckpointError, match=r"not expected: model\.layers\.3\."):
+        load_model(source)
 
 
 def test_misshapen_tensor(tmp_path, good_folder):
