@@ -20,8 +20,12 @@ import jax
 from llada2_jax.config import ConfigError, TrainConfig
 from llada2_jax.files import append_line, replace_text
 
-# Fields that do not change what a step computes, or that one changes to get past a stop.
-FREE = ("log_every", "checkpoint", "workdir", "spikes", "distributed", "mesh", "wandb_project")
+# Fields that do not change what a step computes (its sums' order aside), or that one changes to get
+# past a stop; a group's name stands for all of its fields.
+FREE = (
+    *("log_every", "checkpoint", "workdir", "spikes", "distributed", "mesh", "wandb_project"),
+    *("optimizer.accumulate", "runtime.expert_buffer"),
+)
 
 # What a run is made of besides its config: what it is called, and which field says where it is.
 ORIGINS = {
@@ -59,19 +63,32 @@ def record_config(
     path = workdir / "config.json"
     if path.exists():
         before = _completed(read_config(workdir), dataclasses.asdict(TrainConfig()))
-        changed = [k for k in described if k not in FREE and before.get(k) != described[k]]
-        if changed:
-            raise ConfigError(
-                f"{workdir} holds a run with another config.{changed[0]}: "
-                f"{before.get(changed[0])} there, {described[changed[0]]} now; "
-                "choose another workdir, or remove it to start again"
-            )
+        old, new = (_leaves({name: c.get(name) for name in described}) for c in (before, described))
+        for field in {**new, **old}:
+            if old.get(field) != new.get(field) and not _is_free(field):
+                raise ConfigError(
+                    f"{workdir} holds a run with another config.{field}: {old.get(field)} there, "
+                    f"{new.get(field)} now; choose another workdir, or remove it to start again"
+                )
         for name, now in origins.items():
             _check_origin(workdir, name, before.get(name), now)
     workdir.mkdir(parents=True, exist_ok=True)
     recorded = described | {name: now for name, now in origins.items() if now}
     replace_text(path, json.dumps(recorded, indent=1))
     replace_text(workdir / "README.txt", README)
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{path: value} of the fields in all groups."""
+    leaves = {}
+    for name, value in config.items():
+        path = prefix + name
+        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+def _is_free(path: str) -> bool:
+    return any(f"{path}.".startswith(f"{name}.") for name in FREE)
 
 
 def _completed(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -461,14 +461,21 @@ def _log(run: Run, pending: _Pending) -> tuple[str, str, int] | None:
     if last["skipped"]:
         shown["skipped"] = last["skipped"]
     run.logger.advance(steps, phase.name, **shown)
-    worst = max(f["skipped_in_a_row"] for f in fetched)
+    stuck = max(fetched, key=lambda f: f["skipped_in_a_row"])
+    worst = stuck["skipped_in_a_row"]
     if called_for is None and worst >= cfg.optimizer.max_consecutive_skips:
         raise TrainingStopped(
-            f"{worst:.0f} steps in a row were skipped, as their loss or gradient was not finite or "
-            f"spiked (step {step}, phase {phase.name}): parameters are as before the first of "
-            "them; lower optimizer.learning_rate, or look at the data of these steps"
+            f"{worst:.0f} steps in a row were skipped (step {step}, phase {phase.name}: "
+            f"{_reasons(stuck)}): parameters are as before the first of them; lower "
+            "optimizer.learning_rate, look at the data of these steps, or, where experts had no "
+            "room, raise runtime.expert_buffer"
         )
     return called_for
+
+
+def _reasons(values: dict[str, float]) -> str:
+    """What a step was skipped for."""
+    return ", ".join(event for event in EVENTS if values[f"spike_{event}"])
 
 
 def _scalars(metrics: dict[str, np.ndarray]) -> dict[str, float]:
@@ -502,7 +509,11 @@ def _react(run: Run, done: int, policy: str, event: str, step: int) -> int:
     spikes, target = run.cfg.spikes, run.rollback_to
     what = f"spikes.{event}={policy!r} was called for by step {step}"
     if policy == "stop":
-        raise TrainingStopped(f"{what}; start again with another policy to go on from before it")
+        room = "give experts more room (config.runtime.expert_buffer; 0: the worst case), or "
+        more = room if event == "expert_overflow" else ""
+        raise TrainingStopped(
+            f"{what}; {more}start again with another policy to go on from before it"
+        )
     if int(run.state.rollbacks) >= spikes.max_rollbacks:
         raise TrainingStopped(
             f"{what}, but the run went back spikes.max_rollbacks={spikes.max_rollbacks} times "

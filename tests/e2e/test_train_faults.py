@@ -295,6 +295,29 @@ def test_a_spike_stops_the_run(folder, tmp_path, monkeypatch):
     assert saved_steps(tmp_path) == [4]
 
 
+def test_an_overflow_stops_the_run_and_says_where_to_give_room(folder, tmp_path, monkeypatch):
+    make = train_module.make_train_step
+
+    def make_train_step(*args, **options):
+        def crowded(state, batch, context):
+            number = int(state.step) + 1
+            state, metrics = make(*args, **options)(state, batch, context)
+            return state, metrics | {"spike_expert_overflow": np.float32(number == 6)}
+
+        return crowded
+
+    monkeypatch.setattr(train_module, "make_train_step", make_train_step)
+    message = r"expert_overflow='stop' was called for by step 6; .*runtime\.expert_buffer"
+    with pytest.raises(TrainingStopped, match=message):
+        train(config(folder, tmp_path))
+    assert saved_steps(tmp_path) == [4]
+    monkeypatch.undo()
+    wider = config(folder, tmp_path)
+    runtime = dataclasses.replace(wider.runtime, expert_buffer=0.0)
+    train(dataclasses.replace(wider, runtime=runtime))
+    assert [x["step"] for x in read_metrics(tmp_path, "train")] == [*range(1, 15)]
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 8 MB."""
