@@ -255,10 +255,10 @@ class EmbeddingNoiseConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """rows: validation rows, the same ones each time. every_tokens: how often (0: only where a
-    phase ends). samples: Monte Carlo draws a row. rate_buckets: the gradient's norm is reported
-    for this many ranges of the mask rate (0: off; "ar" and "dpo" have none). target_block_size:
-    checkpoints are compared on the bound at this block size, whatever the phase; 0: the phase's
-    own."""
+    phase ends). samples: Monte Carlo draws a row. rate_buckets: where a phase ends, the gradient's
+    norm is reported for this many ranges of the mask rate (0: off; "ar" and "dpo" have none).
+    target_block_size: checkpoints are compared on the bound at this block size, whatever the phase;
+    0: the phase's own."""
 
     rows: int = 64
     every_tokens: int = 0

@@ -178,6 +178,11 @@ def _get(cfg: TrainConfig | type[TrainConfig], path: str) -> Any:
 # The first that applies is reported: what a single field decides comes before the kind of the run.
 _UNREAD = (
     _Unread(
+        "where config.optimizer.decay_fraction=0: the rate does not come down",
+        lambda cfg: not cfg.optimizer.decay_fraction,
+        ("optimizer.final_fraction",),
+    ),
+    _Unread(
         "where config.model is set",
         lambda cfg: cfg.model,
         ("init.architecture", "init.mask_embedding", "init.mask_id"),
@@ -303,7 +308,10 @@ _UNREAD = (
         "or set config.schedule.warmup_blocks, stable_tokens or decay_blocks",
     ),
 )
-_OFF = {"eval.rate_buckets": 0}  # may be said where it is off anyway
+_OFF = {
+    "eval.rate_buckets": 0,
+    "optimizer.final_fraction": 1.0,
+}  # may be said where it is off anyway
 
 
 _FILES = (

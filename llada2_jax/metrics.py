@@ -30,6 +30,17 @@ Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
 SessionLog: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists as `name/0`, `name/1`, ...: boards take numbers only."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/{i}": part for i, part in enumerate(value)}
+        else:
+            flat[name] = value
+    return flat
+
+
 class MetricLogger:
     """Writes `<workdir>/metrics.jsonl`, `<workdir>/tensorboard/` and, on request, to Weights &
     Biases, and owns the progress bar.
@@ -92,7 +103,7 @@ class MetricLogger:
         line |= values
         if self._lines is not None:
             self._lines.append(json.dumps(line) + "\n")
-        scalars = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        scalars = {f"{kind}/{k}": v for k, v in _flat(values).items() if isinstance(v, int | float)}
         for view in self._views:
             view.add(step, scalars)
 

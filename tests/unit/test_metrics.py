@@ -160,6 +160,15 @@ def test_curves_are_written_and_may_fail_without_harm(tmp_path, monkeypatch, cap
     assert scalars == [(3, "train/loss", pytest.approx(1 / 3))]
 
 
+def test_boards_get_lists_number_by_number(tmp_path):
+    logger = open_logger(tmp_path)
+    logger.write(1, "grad_norm_by_rate", "decay-4", {"norms": [0.5, 0.25]})
+    logger.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    scalars = {v.tag: v.simple_value for e in events(path) for v in e.summary.value}
+    assert scalars == {"grad_norm_by_rate/norms/0": 0.5, "grad_norm_by_rate/norms/1": 0.25}
+
+
 def events(path):
     """What TensorBoard would read, framing and checksums checked."""
     data, found = path.read_bytes(), []
