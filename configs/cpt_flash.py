@@ -1,10 +1,11 @@
 """Continual pretraining of LLaDA2.0-flash (100B): Ling-flash-base-2.0 to block diffusion (§4).
 
     llada2 plan  --config=configs/cpt_flash.py --slice=v6e-64
-    llada2 train --config=configs/cpt_flash.py --config.init.checkpoint=FOLDER ...
+    llada2 train --config=configs/cpt_flash.py --config.init.checkpoint=FOLDER FLAGS
 
-`plan` for v6e-64, by libtpu: 26.2 of 31.2 GiB. Roofline, not measured: 330k to 651k tokens/s, links
-in turn or all overlapped. Other slices: docs/plan.md.
+FLAGS are the last line that `plan` prints. `plan` for v6e-64, by libtpu: 26.2 of 31.2 GiB, experts
+with room for twice a balanced load. Roofline, not measured: 330k to 651k tokens/s, links in turn or
+all overlapped. Other slices: docs/plan.md.
 
 The schedule is configs/cpt_mini.py's, whose docstring says what the paper prints and what is ours.
 With fp32 master weights instead of bf16 ones: --config.runtime.param_dtype=float32. On fewer chips

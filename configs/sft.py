@@ -6,7 +6,8 @@
     llada2 merge runs/sft --out runs/sft/merged
 
     llada2 plan --config=configs/sft.py:mini --slice=v6e-16
-    llada2 train --config=configs/sft.py:mini --config.lora.rank=16    # adapters: a v5litepod-8
+    llada2 train --config=configs/sft.py:mini --config.lora.rank=16    # adapters: a v5litepod-8,
+                                                                  # experts at 2 x a balanced load
 
 A mask-ratio bandwidth, complementary pairs and whole packed conversations. The paper prints none of
 the numbers; the bandwidth is dFactory's, the rest is ours.

@@ -37,7 +37,7 @@ def get_config():
     config.optimizer.weight_decay = 0.05
     config.optimizer.decay_fraction = 0.3
     config.optimizer.final_fraction = 0.05
-    config.optimizer.expert_bias_rate = 1e-3
+    config.optimizer.expert_bias_rate = 1e-3  # as Ling was pretrained; kept while it is converted
     config.eval.rows = 128
     config.eval.every_tokens = 1_000_000
     config.checkpoint.every_tokens = 1_000_000

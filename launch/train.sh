@@ -11,7 +11,7 @@ Runs `llada2 train --config=...` on this host. Where it is one of several, start
 finds the others on TPU slices, GKE, SLURM and Open MPI; elsewhere set JAX_COORDINATOR_ADDRESS
 (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-  --gpu       XLA and NCCL flags for H100 (docs/launching.md); what you set yourself comes last
+  --gpu       XLA flags for H100 (docs/launching.md); what you set yourself comes last
   --dry-run   print the command instead of running it
 EOF
 }

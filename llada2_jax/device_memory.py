@@ -40,6 +40,12 @@ class Memory:
     def fits(self) -> bool:
         return self.needed <= self.limit
 
+    @property
+    def activations(self) -> float:
+        """Of the parts, computed: what the forward leaves to the backward pass, and a layer at
+        work with its gathered weights."""
+        return sum(size for kind, size in self.parts.items() if kind not in ("gradients", "head"))
+
     def compiled_to(
         self, needed: float, held: float, seconds: float, validation: float = 0.0
     ) -> Memory:
@@ -66,6 +72,7 @@ class Memory:
             },
             "bytes_limit": self.limit,
             "computed_temporaries": self.parts,
+            **({"computed_activations": self.activations} if "gradients" in self.parts else {}),
         }
 
     def table(self) -> Table:
@@ -77,6 +84,8 @@ class Memory:
         for kind, size in self.state.items():
             table.add_row(kind, gib(size))
         table.add_row("temporaries", gib(self.temporaries))
+        if "gradients" in self.parts:
+            table.add_row("  activations (computed)", gib(self.activations), style="dim")
         for kind, size in self.parts.items():
             table.add_row(f"  {kind} (computed)", gib(size), style="dim")
         for name, peak in (("peak", self.peak), ("peak of validation", self.validation)):

@@ -450,6 +450,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     if memory.compiled:
         console.print(f"compiled in {memory.seconds:.0f} s")
     _print_time(plan, console)
+    row, longest = work.cfg.data.row_length, work.model.max_position_embeddings
+    if row > longest:
+        console.print(
+            f"Rows of {row} are beyond max_position_embeddings={longest} of the architecture that "
+            "was planned with: llada2 train takes them if the checkpoint's config.json says more"
+        )
     if plan.overrides:
         console.print(f"llada2 train ... {' '.join(plan.overrides)}")
 
@@ -479,7 +485,8 @@ def _print_time(plan: Plan, console: Console) -> None:
 
 def print_search(plans: Sequence[Plan], console: Console) -> None:
     """What the search tried, in its order; the last line is the answer if it fits."""
-    table = Table(title="Smallest slice first", title_justify="left")
+    room = f"room for {_expert_buffer(plans[0].work):g} x a balanced load of experts"
+    table = Table(title=f"Smallest slice first; {room}", title_justify="left")
     for column in ("slice", "mesh", "peak GiB", "of", "fits", "tokens/s", "MFU", "compiled in"):
         table.add_column(column, justify="left" if column in ("slice", "mesh") else "right")
     for plan in plans:
