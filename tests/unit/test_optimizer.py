@@ -11,10 +11,24 @@ import pytest
 from flax import nnx
 
 from llada2_jax import optimizer
-from llada2_jax.config import ConfigError, StepConfig, TrainConfig, default_config, model_dict
+from llada2_jax.config import (
+    ConfigError,
+    OptimizerConfig,
+    StepConfig,
+    TrainConfig,
+    default_config,
+    model_dict,
+)
 from llada2_jax.config_check import validate
 from llada2_jax.model import build
-from llada2_jax.train_step import accumulated, init_state, make_context, reset_moments
+from llada2_jax.train_step import (
+    _balanced,
+    _imbalance,
+    accumulated,
+    init_state,
+    make_context,
+    reset_moments,
+)
 from tests.helpers import ONE_LAYER, TINY, make_batch
 
 STEPS = 50
@@ -240,3 +254,18 @@ def test_gradients_of_micro_batches_are_summed_in_fp32():
 def test_rounding_belongs_to_bf16_parameters():
     with pytest.raises(ConfigError, match=r"optimizer.rounding='nearest' is not read"):
         run_config("float32", rounding="nearest")
+
+
+def test_experts_are_balanced_by_a_bias_of_mean_zero():
+    """Auxiliary-loss-free: up by the rate with less than the mean load, down with more."""
+    load = jnp.asarray([[1, 1, 1, 5], [2, 2, 2, 2]], jnp.int32)
+    cfg = dataclasses.replace(
+        TrainConfig(), optimizer=OptimizerConfig(expert_bias_rate=0.1)
+    ).of_step
+    before = {"bias": jnp.zeros((2, 4))}
+    moved = _balanced(cfg, before, load, jnp.bool_(True))["bias"]
+    np.testing.assert_allclose(moved, [[0.05, 0.05, 0.05, -0.15], [0, 0, 0, 0]], atol=1e-7)
+    still = _balanced(cfg, before, load, jnp.bool_(False))["bias"]
+    np.testing.assert_array_equal(still, 0)
+    assert _balanced(TrainConfig().of_step, before, load, jnp.bool_(True)) is before
+    np.testing.assert_allclose(_imbalance(load), [2.5, 1.0])
