@@ -308,10 +308,8 @@ _UNREAD = (
         "or set config.schedule.warmup_blocks, stable_tokens or decay_blocks",
     ),
 )
-_OFF = {
-    "eval.rate_buckets": 0,
-    "optimizer.final_fraction": 1.0,
-}  # may be said where it is off anyway
+# May be said where it is off anyway.
+_OFF = {"eval.rate_buckets": 0, "optimizer.final_fraction": 1.0}
 
 
 _FILES = (

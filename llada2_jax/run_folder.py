@@ -63,7 +63,7 @@ def record_config(
     path = workdir / "config.json"
     if path.exists():
         before = _completed(read_config(workdir), dataclasses.asdict(TrainConfig()))
-        old, new = (_leaves({name: c.get(name) for name in described}) for c in (before, described))
+        old, new = (flat({name: c.get(name) for name in described}) for c in (before, described))
         for field in {**new, **old}:
             if old.get(field) != new.get(field) and not _is_free(field):
                 raise ConfigError(
@@ -78,13 +78,13 @@ def record_config(
     replace_text(workdir / "README.txt", README)
 
 
-def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{path: value} of the fields in all groups."""
-    leaves = {}
-    for name, value in config.items():
-        path = prefix + name
-        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return leaves
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {"optimizer.learning_rate": 1e-3, ...}."""
+    found = {}
+    for name, child in value.items():
+        path = f"{prefix}{name}"
+        found |= flat(child, f"{path}.") if isinstance(child, dict) else {path: child}
+    return found
 
 
 def _is_free(path: str) -> bool:

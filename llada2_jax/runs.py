@@ -7,13 +7,13 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llada2_jax.errors import EXIT_STATUS
 from llada2_jax.metrics import read_metrics
-from llada2_jax.run_folder import read_config, read_starts
+from llada2_jax.run_folder import flat, read_config, read_starts
 
 EXAMPLES = f"""
 examples:
@@ -30,7 +30,7 @@ Table = dict[str, list[Any]]  # row -> a cell a run; None: it has none
 
 def compare(workdirs: Sequence[Path]) -> dict[str, Table]:
     """{section: table} of what the run folders tell. Raises: ConfigError for what is no run."""
-    configs = [dict(_flat(read_config(workdir))) for workdir in workdirs]
+    configs = [flat(read_config(workdir)) for workdir in workdirs]
     environments = [_environment(workdir) for workdir in workdirs]
     lines = [read_metrics(workdir) for workdir in workdirs]
     results = [
@@ -42,15 +42,6 @@ def compare(workdirs: Sequence[Path]) -> dict[str, Table]:
         "environment": _differing(_table(environments)),
         "result": _table(results),
     }
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """("optimizer.learning_rate", 1e-3), ... of nested dicts."""
-    if not isinstance(value, dict):
-        yield path, value
-        return
-    for key, child in value.items():
-        yield from _flat(child, f"{path}.{key}" if path else str(key))
 
 
 def _table(columns: Sequence[Mapping[str, Any]]) -> Table:
@@ -66,7 +57,7 @@ def _environment(workdir: Path) -> dict[str, Any]:
     """Of the newest start."""
     starts = read_starts(workdir)
     unique = ("step", "time", "command")
-    return dict(_flat({k: v for k, v in starts[-1].items() if k not in unique})) if starts else {}
+    return flat({k: v for k, v in starts[-1].items() if k not in unique}) if starts else {}
 
 
 def _results(lines: Sequence[Mapping[str, Any]], workdir: Path) -> dict[str, Any]:
